@@ -1,0 +1,110 @@
+"""Cumulative Mul-Adds per exit (Eq. 18), backbone, pooling, heads and gates apart.
+
+The backbone is counted by fvcore, piece by piece along its stages; what fvcore misses (fused attention) is added by a
+handle. Pooling, heads and gates have closed forms. One Mul-Add is one multiplication with its addition.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from math import prod
+
+import torch
+from fvcore.nn import FlopCountAnalysis
+from fvcore.nn.jit_handles import get_shape
+from torch import nn
+
+from .backbones.pooling import pooling_mul_adds
+from .backbones.staged import StagedBackbone
+from .gates import ExitPolicy
+from .heads import ExitHeads
+
+
+@dataclass(frozen=True)
+class ExitCosts:
+    """Mul-Adds of one image, cumulative over exits 1..L, ``(L,)`` each."""
+
+    backbone: tuple[int, ...]
+    pooling: tuple[int, ...]
+    heads: tuple[int, ...]
+    gates: tuple[int, ...]
+
+    @property
+    def total(self) -> tuple[int, ...]:
+        """IC^l of Eq. 18, in Mul-Adds."""
+        return tuple(map(sum, zip(self.backbone, self.pooling, self.heads, self.gates, strict=True)))
+
+    @property
+    def normalised(self) -> tuple[float, ...]:
+        """IC^l as a share of the bare backbone's Mul-Adds; with exits counted the last one is a little above 1."""
+        return tuple(cost / self.backbone[-1] for cost in self.total)
+
+    def to_dict(self) -> dict[str, list[int]]:
+        return {name: list(values) for name, values in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, table: dict[str, list[int]]) -> ExitCosts:
+        return cls(**{name: tuple(values) for name, values in table.items()})
+
+
+def exit_costs(backbone: StagedBackbone, heads: ExitHeads, policy: ExitPolicy, num_labels: int) -> ExitCosts:
+    """The cost table of a model. At a last exit with its native classifier there is no IM and no gate."""
+    exits = backbone.num_exits
+    seen = zip(backbone.exit_pooling, backbone.map_shapes, strict=True)
+    pooling = [pooling_mul_adds(names, shape) for names, shape in seen] + [0]
+    gates = [policy.mul_adds(num_labels)] * (exits - 1) + [0]
+    return ExitCosts(
+        backbone=backbone_mul_adds(backbone),
+        pooling=tuple(accumulate(pooling)),
+        heads=tuple(accumulate(heads.mul_adds(l) for l in range(exits))),
+        gates=tuple(accumulate(gates)),
+    )
+
+
+@torch.no_grad()
+def backbone_mul_adds(backbone: StagedBackbone) -> tuple[int, ...]:
+    """Cumulative Mul-Adds of the backbone at each exit.
+
+    Every exit passed adds what it takes to read the map there: for ViTs the shared final norm, over all tokens.
+    """
+    parameter = next(backbone.parameters())
+    blank = torch.zeros(
+        1, backbone.num_channels, backbone.image_size, backbone.image_size,
+        device=parameter.device, dtype=parameter.dtype,
+    )  # fmt: skip
+    last = backbone.num_exits - 1
+    count, cumulative = _count(backbone.embed, blank), []
+    state = backbone.embed(blank)
+    for l in range(backbone.num_exits):
+        count += _count(lambda state, l=l: backbone.stage(l, state), state)
+        state = backbone.stage(l, state)
+        read = backbone.feature_map if l < last else lambda state: backbone.exit_feature(last, state)
+        count += _count(read, state)
+        cumulative.append(count)
+    return tuple(cumulative)
+
+
+class _Piece(nn.Module):
+    def __init__(self, function: Callable):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *state):
+        return self.function(*state)
+
+
+def _count(function: Callable, state) -> int:
+    analysis = FlopCountAnalysis(_Piece(function), (state,))
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_mul_adds)
+    logging.getLogger("fvcore").setLevel(logging.ERROR)
+    return int(analysis.total())
+
+
+def _attention_mul_adds(inputs: list, outputs: list) -> int:
+    """q k^T and attn v: twice B h N M d, for queries (B, h, N, d) and keys (B, h, M, d)."""
+    query, key = get_shape(inputs[0]), get_shape(inputs[1])
+    return 2 * prod(query) * key[-2]

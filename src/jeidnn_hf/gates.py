@@ -1,0 +1,198 @@
+"""Exit policies: who leaves where. Here the interface and the learned gates; other policies are one file each.
+
+``policy.step(l, logits, carry, lam)`` decides for the samples that reached exit l; ``policy.decide`` is its scan.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .exits import (
+    EXIT_RULES,
+    GATE_FORMS,
+    STATISTICS,
+    exit_decision,
+    exit_distribution,
+    exit_mass,
+    exit_probability,
+    open_probability,
+    uncertainty_statistics,
+)
+
+Lambda = float | Tensor | None
+
+
+class ExitPolicy(nn.Module):
+    """Who leaves where.
+
+    A policy sees the logits of the exits so far, one exit at a time; what it remembers is its carry, a pytree of
+    batch-first tensors or None. Lambda is a number, ``(B,)``, or None where the policy has none.
+    """
+
+    def __init__(self, num_exits: int):
+        super().__init__()
+        self.num_exits = num_exits
+
+    def step(self, l: int, logits: Tensor, carry: Any = None, lam: Lambda = None) -> tuple[Tensor, Any]:
+        """Logits ``(B, K)`` of exit l (0-based) to a bool ``(B,)``, who leaves here, and the next carry."""
+        raise NotImplementedError
+
+    def decide(self, logits: Tensor, lam: Lambda = None) -> Tensor:
+        """Logits ``(N, L, K)`` of all exits to the exit taken, ``(N,)`` in 0..L-1."""
+        exit_index = torch.full(logits.shape[:1], self.num_exits - 1, device=logits.device)
+        undecided, carry = torch.ones_like(exit_index, dtype=torch.bool), None
+        for l in range(self.num_exits - 1):
+            leaves, carry = self.step(l, logits[:, l], carry, lam)
+            exit_index[undecided & leaves] = l
+            undecided &= ~leaves
+        return exit_index
+
+    def gate_values(self, logits: Tensor, lam: Lambda = None) -> Tensor | None:
+        """g^l, ``(B, L-1)``, for a policy that has gates."""
+        return None
+
+    def distribution(self, logits: Tensor, lam: Lambda = None) -> Tensor:
+        """P(G=l), ``(B, L)``; one-hot for a policy that decides without chance."""
+        return nn.functional.one_hot(self.decide(logits, lam), self.num_exits).to(logits.dtype)
+
+    def mul_adds(self, num_labels: int) -> int:
+        """Mul-Adds of one decision."""
+        return 0
+
+
+class LinearGates(nn.Module):
+    """The paper's gates: exit l has its own linear layer on the four statistics, g^l = sigmoid(w_l . m + b_l)."""
+
+    def __init__(self, num_gates: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_gates, len(STATISTICS)))
+        self.bias = nn.Parameter(torch.empty(num_gates))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As ``nn.Linear(4, 1)`` for each gate."""
+        bound = len(STATISTICS) ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, statistics: Tensor, lam: Lambda = None, exits: slice | int = slice(None)) -> Tensor:
+        """Statistics ``(B, L-1, 4)``, or ``(B, 4)`` for one exit, to gate logits ``(B, L-1)`` or ``(B,)``."""
+        return (statistics * self.weight[exits]).sum(-1) + self.bias[exits]
+
+    def mul_adds(self, num_labels: int) -> int:
+        """9 K + 6: the statistics (K maximum, K + 1 margin, 2 K and 5 K entropies) and 5 for the linear layer."""
+        return 9 * num_labels + 6
+
+
+class SharedGates(nn.Module):
+    """One small network for all exits and all lambdas: statistics, exit embedding and log lambda through two hidden
+    layers of ``width``, plus a bias per exit.
+
+    Args:
+        num_gates: L - 1.
+        num_labels: K; entropies are divided by log K.
+        lam_range: (low, high); log lambda is scaled to [-1, 1] over it. Equal ends: lambda is not read.
+    """
+
+    def __init__(
+        self, num_gates: int, num_labels: int, lam_range: tuple[float, float], width: int = 32, embedding: int = 8
+    ):
+        super().__init__()
+        self.lam_range = lam_range
+        self.embedding = nn.Embedding(num_gates, embedding)
+        first, second = nn.Linear(len(STATISTICS) + embedding + 1, width), nn.Linear(width, width)
+        self.layers = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(width, 1, bias=False))
+        self.bias = nn.Parameter(torch.empty(num_gates))
+        self.entropy_scale = 1 / math.log(num_labels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.bias)
+
+    def forward(self, statistics: Tensor, lam: Lambda = None, exits: slice | int = slice(None)) -> Tensor:
+        """As ``LinearGates.forward``; lambda a number or ``(B,)``."""
+        maximum, entropy, power_entropy, margin = statistics.unbind(-1)
+        log_lam = self._scaled_log(lam, statistics).reshape(-1, *[1] * (statistics.dim() - 2)).expand_as(margin)
+        inputs = [maximum, entropy * self.entropy_scale, power_entropy * self.entropy_scale, margin, log_lam]
+        embedding = self.embedding.weight[exits].expand(*margin.shape, -1)
+        inputs = torch.cat([torch.stack(inputs, dim=-1), embedding], dim=-1)
+        return self.layers(inputs).squeeze(-1) + self.bias[exits]
+
+    def _scaled_log(self, lam: Lambda, like: Tensor) -> Tensor:
+        low, high = map(math.log, self.lam_range)
+        if low == high:
+            return like.new_zeros(len(like))
+        lam = torch.as_tensor(lam, dtype=like.dtype, device=like.device).expand(len(like))
+        return (2 * lam.log() - (low + high)) / (high - low)
+
+    def mul_adds(self, num_labels: int) -> int:
+        layers = [m for m in self.layers if isinstance(m, nn.Linear)]
+        biases = sum(m.out_features for m in layers if m.bias is not None) + 1
+        return 9 * num_labels + sum(m.weight.numel() for m in layers) + biases
+
+
+GATES = {"linear": LinearGates, "shared": SharedGates}
+
+
+class LearnedGates(ExitPolicy):
+    """Leaves where the learned gates say so (Eq. 3-8).
+
+    Args:
+        gates: module from statistics ``(B, L-1, 4)`` to gate logits ``(B, L-1)``.
+        form: how gate values make P(G=l), see ``exits.exit_mass``.
+        rule: ``conditional``, the first P(E^l) > threshold; ``median``, the first P(G <= l) > threshold; ``sample``,
+            l drawn from P(G).
+        threshold: 0.5 in the paper.
+    """
+
+    def __init__(
+        self, gates: nn.Module, num_exits: int, form: str = "min", rule: str = "conditional", threshold: float = 0.5
+    ):
+        super().__init__(num_exits)
+        if form not in GATE_FORMS:
+            raise ValueError(f"Expected gate_form to be one of {GATE_FORMS}, but got {form!r}.")
+        if rule not in EXIT_RULES:
+            raise ValueError(f"Expected exit_rule to be one of {EXIT_RULES}, but got {rule!r}.")
+        self.gates, self.form, self.rule, self.threshold = gates, form, rule, threshold
+
+    def step(self, l: int, logits: Tensor, carry: Any = None, lam: Lambda = None) -> tuple[Tensor, Any]:
+        if carry is None:
+            carry = torch.ones_like(logits[:, 0]), self._draw(logits)
+        remaining, draw = carry
+        if l == self.num_exits - 1:
+            return torch.ones_like(remaining, dtype=torch.bool), carry
+        gate = self.gates(uncertainty_statistics(logits.softmax(-1)), lam, l).sigmoid()
+        mass = exit_mass(gate, remaining, self.form)
+        left = remaining - mass
+        if self.rule == "conditional":
+            return open_probability(mass, remaining) > self.threshold, (left, draw)
+        return 1 - left > (self.threshold if draw is None else draw), (left, draw)
+
+    def gate_logits(self, logits: Tensor, lam: Lambda = None) -> Tensor:
+        """``(B, L, K)`` to ``(B, L-1)``, before the sigmoid."""
+        return self.gates(uncertainty_statistics(logits[:, :-1].softmax(-1)), lam)
+
+    def gate_values(self, logits: Tensor, lam: Lambda = None) -> Tensor:
+        return self.gate_logits(logits, lam).sigmoid()
+
+    def distribution(self, logits: Tensor, lam: Lambda = None) -> Tensor:
+        return exit_distribution(self.gate_values(logits, lam), self.form)
+
+    def decide(self, logits: Tensor, lam: Lambda = None) -> Tensor:
+        gates = self.gate_values(logits, lam)
+        if self.rule == "conditional":
+            return exit_decision(exit_probability(gates, self.form), self.threshold)
+        draw = self._draw(logits)
+        return exit_decision(
+            exit_distribution(gates, self.form).cumsum(-1), self.threshold if draw is None else draw[:, None]
+        )
+
+    def mul_adds(self, num_labels: int) -> int:
+        return self.gates.mul_adds(num_labels)
+
+    def _draw(self, logits: Tensor) -> Tensor | None:
+        return torch.rand_like(logits[:, 0]) if self.rule == "sample" else None

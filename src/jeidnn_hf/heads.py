@@ -1,0 +1,230 @@
+"""Inference modules (IMs): the classifiers at the exits, walked one exit at a time or scanned over all.
+
+``heads.step(l, z, carry)`` gives the logits of exit l and what it hands to exit l+1; ``heads(features)`` is the scan.
+Where the backbone keeps its native classifier, the last exit's feature is already its logits and passes unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+HEADS = ("linear", "mlp", "recurrent")
+
+
+class Carry(NamedTuple):
+    """What exit l hands to exit l+1: the recurrent state ``(B, H)`` and the log-probabilities so far ``(B, l, K)``."""
+
+    hidden: Tensor | None = None
+    log_probs: Tensor | None = None
+
+
+class Standardize(nn.Module):
+    """``(z - mean) / std``, clipped at +-``clip``; mean and deviation are those of the training features."""
+
+    def __init__(self, dim: int, clip: float = 8.0):
+        super().__init__()
+        self.clip = clip
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return ((z - self.mean) / self.std).clamp(-self.clip, self.clip)
+
+
+class LinearHead(nn.Linear):
+    """The paper's IM: one linear layer, K d + K Mul-Adds as the paper counts them."""
+
+    def __init__(self, dim: int, num_labels: int):
+        super().__init__(dim, num_labels)
+
+    def forward(self, z: Tensor, hidden: Tensor | None) -> tuple[Tensor, None]:
+        return super().forward(z), None
+
+    @property
+    def mul_adds(self) -> int:
+        return _linear_mul_adds(self)
+
+
+class MLPHead(nn.Module):
+    """One hidden layer of ``head_dim`` ReLU units."""
+
+    def __init__(self, dim: int, num_labels: int, head_dim: int):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(dim, head_dim), nn.Linear(head_dim, num_labels)
+
+    def forward(self, z: Tensor, hidden: Tensor | None) -> tuple[Tensor, None]:
+        return self.out(self.hidden(z).relu()), None
+
+    @property
+    def mul_adds(self) -> int:
+        return _linear_mul_adds(self.hidden, self.out)
+
+
+class RecurrentHead(nn.Module):
+    """A light side network that reads the frozen one (ladder side-tuning, Sung et al. 2022)::
+
+        h_l = relu(W_l z_l + A_l h_{l-1} + b_l),    logits_l = V_l h_l + S_l z_l + c_l
+
+    A starts near 0.7 I; the first exit has none.
+    """
+
+    def __init__(self, dim: int, num_labels: int, head_dim: int, is_first: bool):
+        super().__init__()
+        self.input = nn.Linear(dim, head_dim)
+        self.hidden = None if is_first else nn.Linear(head_dim, head_dim, bias=False)
+        self.out = nn.Linear(head_dim, num_labels)
+        self.skip = nn.Linear(dim, num_labels, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.hidden is not None:
+            nn.init.normal_(self.hidden.weight, std=0.01)
+            with torch.no_grad():
+                self.hidden.weight.diagonal().add_(0.7)
+
+    def forward(self, z: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        state = self.input(z)
+        if self.hidden is not None:
+            state = state + self.hidden(hidden)
+        state = state.relu()
+        return self.out(state) + self.skip(z), state
+
+    @property
+    def mul_adds(self) -> int:
+        return _linear_mul_adds(self.input, self.hidden, self.out, self.skip)
+
+
+class GeometricEnsemble(nn.Module):
+    """Learned geometric ensemble of the exits so far (Zero Time Waste, Wolczyk et al. 2021)::
+
+        logits_l = sum_{j<=l} w_lj log softmax(o^j / T_j) + b_l
+
+    Starts as the identity: w = I, b = 0. The temperatures T are set, not trained by gradient.
+    """
+
+    def __init__(self, num_exits: int, num_labels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_exits, num_exits))
+        self.bias = nn.Parameter(torch.empty(num_exits, num_labels))
+        self.register_buffer("temperature", torch.ones(num_exits))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.eye_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def log_probs(self, l: int, logits: Tensor) -> Tensor:
+        return (logits / self.temperature[l]).log_softmax(-1)
+
+    def combine(self, l: int, log_probs: Tensor) -> Tensor:
+        """``(B, l+1, K)`` log-probabilities of exits 0..l to the ensemble's logits ``(B, K)``."""
+        return torch.einsum("bjk,j->bk", log_probs, self.weight[l, : l + 1]) + self.bias[l]
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """All exits at once, ``(B, L, K)`` to ``(B, L, K)``."""
+        log_probs = (logits / self.temperature[:, None]).log_softmax(-1)
+        return self.weight.tril() @ log_probs + self.bias
+
+    def mul_adds(self, l: int) -> int:
+        """At exit l (from 0): one temperature, l+1 weights and a bias for each class."""
+        return (l + 3) * self.bias.shape[1]
+
+
+class ExitHeads(nn.Module):
+    """The inference modules of all exits.
+
+    Args:
+        exit_dims: width of each exit feature.
+        num_labels: K.
+        kind: ``linear``, ``mlp`` or ``recurrent``.
+        head_dim: width of the hidden layer or state; unused by ``linear``.
+        native_head: the last exit's feature is its logits, so no IM is trained there.
+        ensemble: combine the exits so far; fitted after the IMs, on held-out data.
+        standardize: standardise the features first (``set_feature_statistics``).
+    """
+
+    def __init__(
+        self,
+        exit_dims: Sequence[int],
+        num_labels: int,
+        kind: str = "linear",
+        head_dim: int = 128,
+        native_head: bool = True,
+        ensemble: bool = False,
+        standardize: bool = False,
+    ):
+        super().__init__()
+        trained = list(exit_dims[:-1] if native_head else exit_dims)
+        self.num_exits, self.native_head = len(exit_dims), native_head
+        self.norms = nn.ModuleList(Standardize(d) for d in trained) if standardize else None
+        self.modules_by_exit = nn.ModuleList(_head(kind, d, num_labels, head_dim, not l) for l, d in enumerate(trained))
+        self.ensemble = GeometricEnsemble(len(exit_dims), num_labels) if ensemble else None
+
+    def step(self, l: int, z: Tensor, carry: Carry | None = None) -> tuple[Tensor, Carry]:
+        """Exit l (0-based): feature ``(B, d_l)`` and carry to logits ``(B, K)`` and the next carry."""
+        carry = carry or Carry()
+        logits, hidden = self._member(l, z, carry.hidden)
+        if self.ensemble is None:
+            return logits, Carry(hidden)
+        log_probs = self.ensemble.log_probs(l, logits)[:, None]
+        if carry.log_probs is not None:
+            log_probs = torch.cat([carry.log_probs, log_probs], dim=1)
+        return self.ensemble.combine(l, log_probs), Carry(hidden, log_probs)
+
+    def members(self, features: Sequence[Tensor]) -> Tensor:
+        """Every exit's own logits ``(B, L, K)``, before the ensemble: what the IMs are trained on."""
+        logits, hidden = [], None
+        for l, z in enumerate(features):
+            exit_logits, hidden = self._member(l, z, hidden)
+            logits.append(exit_logits)
+        return torch.stack(logits, dim=1)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Features of all exits to the logits ``(B, L, K)`` that the exits answer with."""
+        logits = self.members(features)
+        return logits if self.ensemble is None else self.ensemble(logits)
+
+    def member_parameters(self) -> list[nn.Parameter]:
+        """The IMs' own parameters, without the ensemble's."""
+        return list(self.modules_by_exit.parameters())
+
+    def mul_adds(self, l: int) -> int:
+        """Mul-Adds of exit l alone: standardisation, IM and ensemble."""
+        count = self.ensemble.mul_adds(l) if self.ensemble is not None else 0
+        if l < len(self.modules_by_exit):
+            count += self.modules_by_exit[l].mul_adds
+            count += len(self.norms[l].mean) if self.norms is not None else 0
+        return count
+
+    @torch.no_grad()
+    def set_feature_statistics(self, means: Sequence[Tensor], stds: Sequence[Tensor]) -> None:
+        """Sets what ``standardize`` subtracts and divides by, one vector per trained exit."""
+        for norm, mean, std in zip(self.norms, means, stds, strict=True):
+            norm.mean.copy_(mean)
+            norm.std.copy_(std.clamp_min(1e-6))
+
+    def _member(self, l: int, z: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if l == len(self.modules_by_exit):
+            return z, hidden
+        if self.norms is not None:
+            z = self.norms[l](z)
+        return self.modules_by_exit[l](z, hidden)
+
+
+def _head(kind: str, dim: int, num_labels: int, head_dim: int, is_first: bool) -> nn.Module:
+    if kind == "linear":
+        return LinearHead(dim, num_labels)
+    if kind == "mlp":
+        return MLPHead(dim, num_labels, head_dim)
+    if kind == "recurrent":
+        return RecurrentHead(dim, num_labels, head_dim, is_first)
+    raise ValueError(f"Expected exit_head to be one of {HEADS}, but got {kind!r}.")
+
+
+def _linear_mul_adds(*layers: nn.Linear | None) -> int:
+    """K d, and K more for a bias, as Tables 2 and 3 count an IM."""
+    return sum(m.weight.numel() + (m.out_features if m.bias is not None else 0) for m in layers if m is not None)

@@ -1,0 +1,329 @@
+"""`JEIDNNForImageClassification`: a frozen backbone, inference modules, gates, and the loop that really exits early."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from .backbones import build_model, fingerprint, pretrained_cfg, select, staged_backbone
+from .backbones.loading import HUB_WEIGHTS
+from .configuration_jeidnn import JEIDNNConfig
+from .costs import ExitCosts, exit_costs
+from .gates import GATES, LearnedGates
+from .heads import ExitHeads
+from .objectives import expected_cost, task_cost, total_cost
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class JEIDNNOutput(ModelOutput):
+    """What `JEIDNNForImageClassification` answers, rows in input order.
+
+    Args:
+        loss (`(1,)`): the expected cost of Eq. 6 with cross-entropy, when labels are given.
+        logits (`(B, K)`): of the exit taken.
+        exit_index (`(B,)`): the exit taken, 0..L-1.
+        all_logits (`(B, L, K)`): of every exit, when every exit was evaluated; likewise the next two.
+        gate_values (`(B, L-1)`): g^l.
+        exit_distribution (`(B, L)`): P(G=l).
+        mul_adds (`(B,)`): what the sample cost, in Mul-Adds.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    exit_index: Tensor | None = None
+    all_logits: Tensor | None = None
+    gate_values: Tensor | None = None
+    exit_distribution: Tensor | None = None
+    mul_adds: Tensor | None = None
+
+
+class JEIDNNForImageClassification(PreTrainedModel):
+    """A frozen timm backbone with an inference module and a gate at every exit.
+
+    Without labels the network stops for each image at the first exit whose gate is open. With labels, or with
+    `output_all_exits=True`, every exit is evaluated. The choice of exit is the same.
+    """
+
+    config_class = JEIDNNConfig
+    base_model_prefix = "jeidnn"
+    main_input_name = "pixel_values"
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: JEIDNNConfig):
+        super().__init__(config)
+        if config.image_size is None:
+            config.image_size = pretrained_cfg(config.backbone)["input_size"][-1]
+        with torch.device("cpu"):
+            self.backbone = staged_backbone(
+                self._build_backbone(weights=None),
+                image_size=config.image_size,
+                num_channels=config.num_channels,
+                exit_stages=config.exit_stages,
+                exit_pooling=config.exit_pooling,
+                native_head=config.native_head,
+            )
+        config.exit_stages = list(self.backbone.exit_stages)
+        config.exit_pooling = [list(names) for names in self.backbone.exit_pooling]
+        num_exits = self.backbone.num_exits
+        self.heads = ExitHeads(
+            self.backbone.exit_dims,
+            config.num_labels,
+            kind=config.exit_head,
+            head_dim=config.head_dim,
+            native_head=config.native_head,
+            ensemble=config.ensemble,
+            standardize=config.standardize_features,
+        )
+        gates = (num_exits - 1, config.num_labels, config.lam_range) if config.gate == "shared" else (num_exits - 1,)
+        self.policy = LearnedGates(
+            GATES[config.gate](*gates), num_exits, config.gate_form, config.exit_rule, config.exit_threshold
+        )
+        if config.mul_adds is None:
+            with torch.device("cpu"):
+                costs = exit_costs(self.backbone, self.heads, self.policy, config.num_labels)
+            config.mul_adds = costs.to_dict()
+        if len(self.costs.total) != num_exits:
+            raise ValueError(f"Expected mul_adds of {num_exits} exits, but got {len(self.costs.total)}.")
+        with torch.device("cpu"):
+            self.register_buffer("exit_mul_adds", torch.tensor(self.costs.total), persistent=False)
+        for module in self.backbone.modules():
+            module._is_hf_initialized = True  # timm initialised it; transformers must not
+        self._choose_what_is_stored()
+        self.post_init()
+
+    @classmethod
+    def from_backbone_pretrained(
+        cls, backbone: str, num_labels: int | None = None, weights: str | None = None, **config: Any
+    ) -> JEIDNNForImageClassification:
+        """A pretrained frozen backbone with fresh exits.
+
+        Args:
+            backbone: timm model name, with or without a pretrained tag.
+            num_labels: number of classes; the backbone's own by default.
+            weights: a local file of weights; by default timm's pretrained tag, from the Hub or its cache.
+            config: other fields of `JEIDNNConfig`.
+
+        Raises:
+            ValueError: weights that cannot be had or that are of another network; options out of range.
+        """
+        if num_labels is None and "id2label" not in config:
+            num_labels = pretrained_cfg(backbone)["num_classes"]
+        if num_labels is not None:
+            config["num_labels"] = num_labels
+        weights = HUB_WEIGHTS if weights is None else str(weights)
+        model = cls(JEIDNNConfig(backbone=backbone, backbone_weights=weights, **config))
+        model._restore_backbone()
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers, but everything is as trained or it is a ValueError: nothing is left at random."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"Expected complete weights in {str(pretrained_model_name_or_path)!r}, but got a broken file "
+                f"({error}); fetch it again."
+            ) from error
+        wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys") if info[key]}
+        if wrong and not kwargs.get("ignore_mismatched_sizes"):
+            raise ValueError(
+                f"Expected a checkpoint of this network in {str(pretrained_model_name_or_path)!r}, but got "
+                + " and ".join(f"{len(names)} {key.replace('_', ' ')} like {names[0]}" for key, names in wrong.items())
+                + "."
+            )
+        if not model.config.save_backbone and model.config.backbone_weights is not None:
+            model._restore_backbone()
+        model.backbone.freeze()
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers. The backbone is stored only where it cannot be rebuilt from its name and weights."""
+        if not self.config.save_backbone and self.config.backbone_weights is not None:
+            if fingerprint(self.backbone.model.state_dict()) != self.config.backbone_fingerprint:
+                logger.warning("The backbone's weights have changed since they were loaded: storing them as well.")
+                self.config.save_backbone = True
+        self._choose_what_is_stored()
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @property
+    def costs(self) -> ExitCosts:
+        """The cost table: cumulative Mul-Adds per exit."""
+        return ExitCosts.from_dict(self.config.mul_adds)
+
+    @property
+    def normalised_mul_adds(self) -> Tensor:
+        """IC^l as a share of the backbone's, ``(L,)`` float32."""
+        return self.exit_mul_adds.float() / self.costs.backbone[-1]
+
+    def set_lambda(self, lam: float) -> None:
+        """The lambda in use from now on; within the trained range, else a ValueError. It is saved with the model."""
+        self.config.current_lam = self.config.check_lam_in_range(lam)
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        exit_features: Sequence[Tensor] | None = None,
+        labels: Tensor | None = None,
+        lam: float | Tensor | None = None,
+        output_all_exits: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> JEIDNNOutput | tuple:
+        """Classifies images, each at the exit that its gates choose.
+
+        Args:
+            pixel_values: ``(B, C, S, S)``, normalised as the backbone expects.
+            exit_features: instead of pixels, the features of every exit, ``(B, d_l)`` each (from a feature cache).
+            labels: ``(B,)`` in 0..K-1; evaluates every exit and gives the loss.
+            lam: lambda for this call, a number or ``(B,)``, within the trained range; default ``config.current_lam``.
+            output_all_exits: evaluate every exit although the exit taken is earlier.
+            return_dict: False for a plain tuple.
+
+        Raises:
+            ValueError: both or neither input, wrong shapes, NaN, labels or lambda out of range.
+        """
+        if (pixel_values is None) == (exit_features is None):
+            raise ValueError("Expected either pixel_values or exit_features, but got both or neither.")
+        inputs = [pixel_values] if exit_features is None else list(exit_features)
+        batch = len(inputs[0])
+        for tensor in inputs:
+            _check_finite("pixel_values" if exit_features is None else "exit_features", tensor)
+        lam = self._check_lam(lam, batch, inputs[0].device)
+        if labels is not None:
+            self._check_labels(labels, batch)
+        if exit_features is not None:
+            self._check_features(inputs, batch)
+        if exit_features is None and labels is None and not output_all_exits:
+            output = self._early_exit(pixel_values, lam)
+        else:
+            features = inputs if exit_features is not None else self.backbone(pixel_values)
+            output = self._all_exits(features, labels, lam)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _all_exits(self, features: Sequence[Tensor], labels: Tensor | None, lam: float | Tensor) -> JEIDNNOutput:
+        logits = self.heads(features)
+        exit_index = self.policy.decide(logits, lam)
+        distribution = self.policy.distribution(logits, lam)
+        loss = None
+        if labels is not None:
+            cost = total_cost(task_cost(logits, labels), self.normalised_mul_adds, lam)
+            loss = expected_cost(cost, distribution)
+            _check_finite("the loss", loss)
+        return JEIDNNOutput(
+            loss=loss,
+            logits=logits[torch.arange(len(logits), device=logits.device), exit_index],
+            exit_index=exit_index,
+            all_logits=logits,
+            gate_values=self.policy.gate_values(logits, lam),
+            exit_distribution=distribution,
+            mul_adds=self.exit_mul_adds[exit_index],
+        )
+
+    def _early_exit(self, pixel_values: Tensor, lam: float | Tensor) -> JEIDNNOutput:
+        """After each exit the samples that leave are dropped from every state; the rest goes on."""
+        rows = torch.arange(len(pixel_values), device=pixel_values.device)
+        exit_index = torch.empty_like(rows)
+        logits = None
+        state, head_carry, policy_carry = self.backbone.stem(pixel_values), None, None
+        for l in range(self.backbone.num_exits):
+            state = self.backbone.stage(l, state)
+            answers, head_carry = self.heads.step(l, self.backbone.exit_feature(l, state), head_carry)
+            if logits is None:
+                logits = answers.new_empty(len(pixel_values), answers.shape[1])
+            leaves, policy_carry = self.policy.step(l, answers, policy_carry, lam)
+            leaving = len(rows) if l == self.backbone.num_exits - 1 else int(leaves.sum())
+            if not leaving:
+                continue
+            order = leaves.argsort(stable=True)
+            stay, leave = order[: len(rows) - leaving], order[len(rows) - leaving :]
+            logits[rows[leave]], exit_index[rows[leave]] = answers[leave], l
+            if not len(stay):
+                break
+            state, head_carry, policy_carry, rows = select((state, head_carry, policy_carry, rows), stay)
+            lam = lam[stay] if isinstance(lam, Tensor) else lam
+        return JEIDNNOutput(logits=logits, exit_index=exit_index, mul_adds=self.exit_mul_adds[exit_index])
+
+    def _build_backbone(self, weights: str | None) -> nn.Module:
+        config = self.config
+        return build_model(
+            config.backbone,
+            num_classes=config.num_labels if config.native_head else 0,
+            image_size=config.image_size,
+            num_channels=config.num_channels,
+            weights=weights,
+        )
+
+    def _restore_backbone(self) -> None:
+        """Gives the backbone the weights that the config names, after checking that they are the very same."""
+        with torch.device("cpu"):
+            model = self._build_backbone(self.config.backbone_weights)
+        found = fingerprint(model.state_dict())
+        if self.config.backbone_fingerprint not in (None, found):
+            raise ValueError(
+                f"Expected backbone weights with fingerprint {self.config.backbone_fingerprint[:12]}, but got "
+                f"{found[:12]} from {self.config.backbone_weights!r}; pass backbone_weights= the file it was trained on."
+            )
+        self.config.backbone_fingerprint = found
+        self.backbone.model.load_state_dict(model.state_dict())
+        self.backbone.freeze()
+
+    def _choose_what_is_stored(self) -> None:
+        rebuildable = not self.config.save_backbone and self.config.backbone_weights is not None
+        frozen = {f"backbone.{key}" for key in self.backbone.state_dict()}
+        self._keys_to_ignore_on_save = frozen if rebuildable else set()
+        self._keys_to_ignore_on_load_missing = [r"^backbone\."] if rebuildable else []
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    def _move_missing_keys_from_meta_to_device(self, *args, **kwargs) -> None:
+        """transformers replaces non-persistent buffers by uninitialised memory on loading; ours hold real values."""
+        kept = {name: buffer.clone() for name, buffer in self.named_non_persistent_buffers() if not buffer.is_meta}
+        super()._move_missing_keys_from_meta_to_device(*args, **kwargs)
+        for name, buffer in self.named_non_persistent_buffers():
+            if name in kept:
+                buffer.copy_(kept[name])
+
+    def _check_lam(self, lam: float | Tensor | None, batch: int, device: torch.device) -> float | Tensor:
+        if lam is None:
+            return self.config.current_lam
+        if not isinstance(lam, Tensor):
+            return self.config.check_lam_in_range(lam)
+        if lam.dim() > 1 or lam.numel() not in (1, batch):
+            raise ValueError(f"Expected lam to be a number or of shape ({batch},), but got {tuple(lam.shape)}.")
+        for end in (lam.min(), lam.max()):
+            self.config.check_lam_in_range(float(end))
+        return lam.to(device).expand(batch)
+
+    def _check_labels(self, labels: Tensor, batch: int) -> None:
+        if labels.shape != (batch,) or labels.is_floating_point():
+            got = f"{labels.dtype} {tuple(labels.shape)}"
+            raise ValueError(f"Expected integer labels of shape ({batch},), but got {got}.")
+        wrong = labels[(labels < 0) | (labels >= self.config.num_labels)]
+        if len(wrong):
+            raise ValueError(f"Expected labels in 0..{self.config.num_labels - 1}, but got {int(wrong[0])}.")
+
+    def _check_features(self, features: Sequence[Tensor], batch: int) -> None:
+        shapes = [tuple(z.shape) for z in features]
+        expected = [(batch, d) for d in self.backbone.exit_dims]
+        if shapes != expected:
+            raise ValueError(f"Expected exit_features of shapes {expected}, but got {shapes}.")
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"Expected {name} without NaN or infinity, but got some; check the preprocessing or the data.")

@@ -1,0 +1,88 @@
+"""The objectives of JEI-DNN: warm-up, inference modules, gates, and the expected cost they all serve.
+
+Shapes: logits ``(B, L, K)``, labels ``(B,)``, task and total costs ``(B, L)``, exit distributions ``(B, L)``,
+gate logits and targets ``(B, L-1)``, Mul-Adds normalised by the backbone's ``(L,)``, lambda a number or ``(B,)``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TASK_COSTS = ("cross_entropy", "error", "brier")
+GATE_TARGETS = ("subsequent", "if_min")
+
+
+def task_cost(logits: Tensor, labels: Tensor, kind: str = "cross_entropy") -> Tensor:
+    """What a prediction costs at each exit, ``(B, L)``: cross-entropy (nats), 0/1 error, or the Brier score."""
+    labels = labels[:, None].expand(logits.shape[:-1])
+    if kind == "cross_entropy":
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").unflatten(0, labels.shape)
+    if kind == "error":
+        return (logits.argmax(-1) != labels).to(logits.dtype)
+    if kind == "brier":
+        return (logits.softmax(-1) - F.one_hot(labels, logits.shape[-1])).square().sum(-1)
+    raise ValueError(f"Expected task_cost to be one of {TASK_COSTS}, but got {kind!r}.")
+
+
+def total_cost(task: Tensor, mul_adds: Tensor, lam: float | Tensor) -> Tensor:
+    """C^l = task cost + lambda IC^l_norm (Eq. 5), ``(B, L)``; lambda may differ from sample to sample."""
+    lam = torch.as_tensor(lam, dtype=task.dtype, device=task.device)
+    return task + lam[..., None] * mul_adds.to(task.dtype)
+
+
+def expected_cost(cost: Tensor, distribution: Tensor) -> Tensor:
+    """Eq. 6: the mean over samples of ``sum_l C^l P(G=l)``, exact over exits.
+
+    With the gates' graph attached to ``distribution`` its gradient is Eq. 15 for the gates and Eq. 28-29 (JEI-DNN-FULL)
+    for the inference modules; with ``distribution`` detached it is Eq. 30, the weighted loss of Algorithm 1, line 15.
+    """
+    return (cost * distribution).sum(-1).mean()
+
+
+def warmup_loss(task: Tensor, lr0: float = 1.0) -> Tensor:
+    """Eq. 17 summed over the L-1 trained exits: ``sum_l (L - l) lr0 mean_i CE^l_i``.
+
+    ``lr0`` is a learning rate: the trainer leaves it to the optimizer and keeps 1 here.
+    """
+    weights = torch.arange(task.shape[-1] - 1, 0, -1, dtype=task.dtype, device=task.device)
+    return (task[:, :-1].mean(0) * weights * lr0).sum()
+
+
+def optimal_exit(cost: Tensor) -> Tensor:
+    """l* = argmin_l C^l (Eq. 23), the earliest exit on ties; ``(B, L)`` to indices ``(B,)``."""
+    is_least = cost == cost.amin(-1, keepdim=True)
+    return (is_least.cumsum(-1) == 0).sum(-1)
+
+
+def gate_targets(cost: Tensor, kind: str = "subsequent") -> Tensor:
+    """Binary targets of the gates, ``(B, L-1)`` bool.
+
+    ``subsequent`` (ExitSubsequent, Eq. 22 and 31): t^l = 1[l >= l*].
+    ``if_min`` (ExitIfMin, the prose of App. 9.15): t^l = 1[C^l <= min_{k>l} C^k], no later exit is cheaper.
+    """
+    if kind == "subsequent":
+        exits = torch.arange(cost.shape[-1] - 1, device=cost.device)
+        return exits >= optimal_exit(cost)[:, None]
+    if kind == "if_min":
+        cheapest_later = cost.flip(-1).cummin(-1).values.flip(-1)[:, 1:]
+        return cost[:, :-1] <= cheapest_later
+    raise ValueError(f"Expected gate_targets to be one of {GATE_TARGETS}, but got {kind!r}.")
+
+
+def gate_loss(gate_logits: Tensor, targets: Tensor, pos_weight: Tensor | None = None) -> Tensor:
+    """Eq. 16: the sum over gates of the binary cross-entropies, mean over samples; positives times ``pos_weight``."""
+    losses = F.binary_cross_entropy_with_logits(
+        gate_logits, targets.to(gate_logits.dtype), pos_weight=pos_weight, reduction="none"
+    )
+    return losses.sum(-1).mean()
+
+
+def class_imbalance_weights(targets: Tensor, low: float = 0.2, high: float = 5.0, floor: float = 0.1) -> Tensor:
+    """Weight of the positives of each gate's task, ``(L-1,)``: ``#zeros / #ones``, clipped to [low, high]; Sec. 4.1.
+
+    ``floor`` stands in for the number of ones where there is none.
+    """
+    ones = targets.sum(0).to(torch.get_default_dtype())
+    return ((len(targets) - ones) / ones.clamp_min(floor)).clamp(low, high)
