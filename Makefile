@@ -1,9 +1,9 @@
-# Everything a person or CI runs. `make demo` and `make test` need Python 3.10 or newer, make and pip; the rest they install.
+# Everything a person or CI runs. `make demo` and `make test` need Python 3.11 or newer, make and pip; the rest they install.
 
 VENV   ?= .venv
-# the first of these that is Python 3.10 or newer; expanded only when a virtual environment has to be made
+# the first of these that is Python 3.11 or newer; expanded only when a virtual environment has to be made
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
-	if $$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then echo $$p; break; fi; done)
+	if $$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then echo $$p; break; fi; done)
 EXTRAS := dev,plots,demo,hub
 STAMP  := $(VENV)/.jeidnn-installed
 
@@ -26,7 +26,7 @@ venv: $(STAMP) ## make the virtual environment and install the package in it, on
 # Where ensurepip is missing (Debian without python3-venv), the pip that is there fills the environment.
 $(STAMP): setup.py
 	@if ! $(VENV)/bin/python -m pip --version >/dev/null 2>&1; then \
-		test -n "$(PYTHON)" || { echo "Expected Python 3.10 or newer on PATH but got none; install python3.11 or set PYTHON=/path/to/python." >&2; exit 1; }; \
+		test -n "$(PYTHON)" || { echo "Expected Python 3.11 or newer on PATH but got none; install python3.11 or set PYTHON=/path/to/python." >&2; exit 1; }; \
 		echo "$(PYTHON) -m venv $(VENV)"; \
 		if $(PYTHON) -c 'import ensurepip' >/dev/null 2>&1; then $(PYTHON) -m venv $(VENV); \
 		else $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(VENV)/bin/python install pip; fi; \

@@ -1,8 +1,47 @@
 """Image classifiers that spend on each picture only the computation it needs, and say how sure they are."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 __version__ = "0.1.0"
 
-from .configuration_jeidnn import JEIDNNConfig
-from .modeling_jeidnn import JEIDNNForImageClassification, JEIDNNOutput
+_HOMES = {
+    "JEIDNNConfig": "configuration_jeidnn",
+    "JEIDNNForImageClassification": "modeling_jeidnn",
+    "JEIDNNOutput": "modeling_jeidnn",
+    "JEIDNNTrainer": "trainer",
+    "JEIDNNTrainingArguments": "training_args",
+    "EvaluationReport": "evaluation",
+    "ExitRecord": "record",
+    "evaluate": "evaluation",
+}
 
-__all__ = ["JEIDNNConfig", "JEIDNNForImageClassification", "JEIDNNOutput"]
+__all__ = [
+    "EvaluationReport",
+    "ExitRecord",
+    "JEIDNNConfig",
+    "JEIDNNForImageClassification",
+    "JEIDNNOutput",
+    "JEIDNNTrainer",
+    "JEIDNNTrainingArguments",
+    "evaluate",
+]
+
+if TYPE_CHECKING:
+    from .configuration_jeidnn import JEIDNNConfig
+    from .evaluation import EvaluationReport, evaluate
+    from .modeling_jeidnn import JEIDNNForImageClassification, JEIDNNOutput
+    from .record import ExitRecord
+    from .trainer import JEIDNNTrainer
+    from .training_args import JEIDNNTrainingArguments
+
+
+def __getattr__(name: str):
+    """Imports a public name when it is first asked for: the command line answers before torch is loaded."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

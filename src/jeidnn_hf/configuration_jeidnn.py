@@ -48,6 +48,7 @@ class JEIDNNConfig(PreTrainedConfig):
             the path of a local file; None when they are in the checkpoint itself, or random.
         backbone_fingerprint (`str`, *optional*): SHA-256 of those weights; other weights are refused.
         save_backbone (`bool`): store the backbone in the checkpoint even where it can be rebuilt.
+        backbone_kwargs (`dict`, *optional*): further arguments of `timm.create_model`.
         image_size, num_channels (`int`): the images; by default the backbone's own size, and 3 channels.
         native_head (`bool`): the last exit is the backbone's own classifier (the paper's f^L = h^L). False trains one.
         recipe (`str`): `"paper"` or `"default"`: what the fields below are where they are None.
@@ -74,6 +75,7 @@ class JEIDNNConfig(PreTrainedConfig):
     backbone_weights: str | None = None
     backbone_fingerprint: str | None = None
     save_backbone: bool = False
+    backbone_kwargs: dict | None = None
     image_size: int | None = None
     num_channels: int = 3
     native_head: bool = True

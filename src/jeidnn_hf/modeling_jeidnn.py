@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,27 +175,35 @@ class JEIDNNForImageClassification(PreTrainedModel):
     def forward(
         self,
         pixel_values: Tensor | None = None,
-        exit_features: Sequence[Tensor] | None = None,
+        exit_features: Tensor | Sequence[Tensor] | None = None,
         labels: Tensor | None = None,
         lam: float | Tensor | None = None,
         output_all_exits: bool | None = None,
         return_dict: bool | None = None,
-    ) -> JEIDNNOutput | tuple:
+        objective: Callable[..., Tensor] | None = None,
+    ) -> JEIDNNOutput | tuple | Tensor:
         """Classifies images, each at the exit that its gates choose.
 
         Args:
             pixel_values: ``(B, C, S, S)``, normalised as the backbone expects.
-            exit_features: instead of pixels, the features of every exit, ``(B, d_l)`` each (from a feature cache).
+            exit_features: instead of pixels, the features of every exit, ``(B, d_l)`` each or side by side in one
+                ``(B, sum_l d_l)``, as they come from a feature cache.
             labels: ``(B,)`` in 0..K-1; evaluates every exit and gives the loss.
             lam: lambda for this call, a number or ``(B,)``, within the trained range; default ``config.current_lam``.
             output_all_exits: evaluate every exit although the exit taken is earlier.
             return_dict: False for a plain tuple.
+            objective: for trainers: answer with ``objective(self, features, labels)`` instead, a loss computed inside
+                forward, where data parallel wrappers see it. Inputs are not checked.
 
         Raises:
             ValueError: both or neither input, wrong shapes, NaN, labels or lambda out of range.
         """
         if (pixel_values is None) == (exit_features is None):
             raise ValueError("Expected either pixel_values or exit_features, but got both or neither.")
+        if isinstance(exit_features, Tensor):
+            exit_features = self.split_features(exit_features)
+        if objective is not None:
+            return objective(self, self.backbone(pixel_values) if exit_features is None else exit_features, labels)
         inputs = [pixel_values] if exit_features is None else list(exit_features)
         batch = len(inputs[0])
         for tensor in inputs:
@@ -264,6 +272,7 @@ class JEIDNNForImageClassification(PreTrainedModel):
             image_size=config.image_size,
             num_channels=config.num_channels,
             weights=weights,
+            **(config.backbone_kwargs or {}),
         )
 
     def _restore_backbone(self) -> None:
@@ -274,7 +283,7 @@ class JEIDNNForImageClassification(PreTrainedModel):
         if self.config.backbone_fingerprint not in (None, found):
             raise ValueError(
                 f"Expected backbone weights with fingerprint {self.config.backbone_fingerprint[:12]}, but got "
-                f"{found[:12]} from {self.config.backbone_weights!r}; pass backbone_weights= the file it was trained on."
+                f"{found[:12]} from {self.config.backbone_weights!r}; pass backbone_weights= the file trained on."
             )
         self.config.backbone_fingerprint = found
         self.backbone.model.load_state_dict(model.state_dict())
@@ -316,6 +325,13 @@ class JEIDNNForImageClassification(PreTrainedModel):
         wrong = labels[(labels < 0) | (labels >= self.config.num_labels)]
         if len(wrong):
             raise ValueError(f"Expected labels in 0..{self.config.num_labels - 1}, but got {int(wrong[0])}.")
+
+    def split_features(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Features side by side, ``(B, sum_l d_l)``, to one ``(B, d_l)`` per exit."""
+        if features.dim() != 2 or features.shape[1] != sum(self.backbone.exit_dims):
+            expected = f"(batch, {sum(self.backbone.exit_dims)})"
+            raise ValueError(f"Expected exit_features of shape {expected}, but got {tuple(features.shape)}.")
+        return features.split(self.backbone.exit_dims, dim=1)
 
     def _check_features(self, features: Sequence[Tensor], batch: int) -> None:
         shapes = [tuple(z.shape) for z in features]

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import timm
@@ -31,6 +32,7 @@ def build_model(
     image_size: int | None = None,
     num_channels: int = 3,
     weights: str | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Creates a timm model in float32.
 
@@ -41,12 +43,13 @@ def build_model(
         num_channels: channels of the images.
         weights: None for random weights, ``"timm"`` for the pretrained tag, else the path of a ``.safetensors`` file or
             of a ``.pth`` file that holds a plain state dict.
+        options: further arguments of ``timm.create_model``.
 
     Raises:
         ValueError: unknown model; weights that cannot be had; weights of another shape, or another classifier.
     """
     cfg = pretrained_cfg(name)
-    options = {"num_classes": num_classes}
+    options["num_classes"] = num_classes
     if num_channels != 3:
         options["in_chans"] = num_channels
     if image_size is not None and image_size != cfg["input_size"][-1] and cfg.get("fixed_input_size"):

@@ -48,8 +48,8 @@ class StagedBackbone(nn.Module):
         exit_pooling: statistics of an exit's feature map, one list for all exits or one list per exit but the last;
             ``"plain"``: the paper's, ``cls`` or ``avg1`` where there is no class token; ``"rich"``: ``avg4 max2`` on
             maps at least 16 wide, ``avg2 max2`` on smaller ones, ``avg1`` on points, and ``cls`` where there is one.
-        native_head: whether the last exit keeps the network's own classifier. Its exit feature is then its logits;
-            otherwise it is the classifier's input, for a trained head to read.
+        native_head: whether the last exit keeps the network's own classifier. Its exit feature is then its logits,
+            else the classifier's input, for a trained head to read.
 
     Attributes:
         exit_dims: width d_l of each exit feature.
@@ -74,8 +74,8 @@ class StagedBackbone(nn.Module):
         with torch.device("cpu"):
             self.map_shapes, self.has_class_token, last_dim = self._probe()
         self.exit_pooling = self._check_pooling(exit_pooling)
-        widths = [pooled_width(names, shape[0]) for names, shape in zip(self.exit_pooling, self.map_shapes, strict=True)]
-        self.exit_dims = (*widths, last_dim)
+        seen = zip(self.exit_pooling, self.map_shapes, strict=True)
+        self.exit_dims = (*(pooled_width(names, shape[0]) for names, shape in seen), last_dim)
 
     # What a family defines.
 

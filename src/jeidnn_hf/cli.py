@@ -1,0 +1,75 @@
+"""The ``jeidnn`` command, thin over the rooms. Exit status: 0 done, 1 failed, 2 wrong usage; an error is one line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="jeidnn", description="Early-exit image classifiers.")
+    parser.add_argument("--version", action="version", version=f"jeidnn-hf {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="train, evaluate and plot a small early-exit network on the digits")
+    demo.add_argument("--output_dir", type=Path, default=Path("demo_output"))
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=_demo)
+
+    costs = commands.add_parser("costs", help="print cumulative Mul-Adds per exit")
+    costs.add_argument("--backbone", required=True, help="timm model name; no weights are loaded")
+    costs.add_argument("--num-classes", type=int, required=True)
+    costs.add_argument("--image-size", type=int, help="side of the images; default, the backbone's own")
+    costs.add_argument("--recipe", default="paper", help="paper (default) or default")
+    costs.set_defaults(run=_costs)
+
+    for command in (demo, costs):
+        command.add_argument("--json", action="store_true", help="print JSON")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=FutureWarning)  # timm's, on import
+    try:
+        options.run(options)
+    except (ValueError, OSError, ImportError) as error:
+        if options.debug:
+            raise
+        print(f"jeidnn {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from .demo import run_demo
+
+    rows = run_demo(options.output_dir, seed=options.seed, quiet=options.json)
+    if options.json:
+        print(json.dumps(rows, indent=1))
+
+
+def _costs(options: argparse.Namespace) -> None:
+    from .configuration_jeidnn import JEIDNNConfig
+    from .modeling_jeidnn import JEIDNNForImageClassification
+
+    config = JEIDNNConfig(
+        backbone=options.backbone, num_labels=options.num_classes, image_size=options.image_size, recipe=options.recipe
+    )
+    table = JEIDNNForImageClassification(config).costs
+    columns = {**table.to_dict(), "total": list(table.total), "normalised": list(table.normalised)}
+    if options.json:
+        print(json.dumps({"backbone": options.backbone, "num_classes": options.num_classes, **columns}, indent=1))
+        return
+    print(f"{options.backbone}, {options.num_classes} classes, {config.image_size} px: cumulative Mul-Adds per exit")
+    print(f"{'exit':>4} {'backbone':>15} {'+ pooling':>12} {'+ heads':>12} {'+ gates':>10} {'total':>15} {'share':>7}")
+    for l, row in enumerate(zip(*columns.values(), strict=True), start=1):
+        backbone, pooling, heads, gates, total, share = row
+        print(f"{l:>4} {backbone:>15,} {pooling:>12,} {heads:>12,} {gates:>10,} {total:>15,} {share:>7.4f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""What is fitted after the inference modules, on held-out answers: ensemble, and gates by the exact expected cost.
+
+The IMs know their training images too well for their confidence there to mean anything; gates, temperatures and
+ensemble weights learned on held-out images are calibrated (both work from logits alone, so they take seconds).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .calibration import fit_temperatures
+from .gates import LearnedGates
+from .heads import GeometricEnsemble
+from .objectives import expected_cost, task_cost, total_cost
+
+
+def fit_ensemble(ensemble: GeometricEnsemble, members: Tensor, labels: Tensor, pull: float = 0.01) -> None:
+    """Fits temperatures, then weights and biases of the geometric ensemble, in place.
+
+    Minimises the cross-entropy of every exit plus ``pull`` times the squared distance of its weights and biases from
+    the identity. The problem is convex; L-BFGS in float64 solves it.
+
+    Args:
+        members: the IMs' own logits ``(N, L, K)``.
+        labels: ``(N,)``.
+    """
+    ensemble.reset_parameters()
+    ensemble.temperature.copy_(fit_temperatures(members, labels))
+    log_probs = (members.double() / ensemble.temperature[:, None]).log_softmax(-1)
+    identity = torch.eye(members.shape[1], dtype=torch.float64, device=members.device)
+    weight, bias = identity.clone().requires_grad_(), torch.zeros_like(log_probs[0]).requires_grad_()
+    target = labels[:, None].expand(members.shape[:2]).flatten()
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe", history_size=20)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        logits = weight.tril() @ log_probs + bias
+        loss = F.cross_entropy(logits.flatten(0, 1), target) * members.shape[1]
+        loss = loss + pull * ((weight - identity).square().sum() + bias.square().sum())
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        ensemble.weight.copy_(weight.tril())
+        ensemble.bias.copy_(bias)
+
+
+def fit_gates(
+    policy: LearnedGates,
+    logits: Tensor,
+    labels: Tensor,
+    mul_adds: Tensor,
+    lam: float | list[float],
+    *,
+    kind: str = "error",
+    steps: int = 1500,
+    learning_rate: float = 0.01,
+    weight_decay: float = 0.01,
+    seed: int = 0,
+) -> list[float]:
+    """Trains gates on fixed answers by the expected cost of Eq. 6, an exact sum over exits, in place.
+
+    For a range of lambdas each step draws log lambda uniformly for every sample and divides its cost by 1 + lambda.
+
+    Args:
+        logits: ``(N, L, K)`` on held-out images; labels ``(N,)``; mul_adds normalised, ``(L,)``.
+        lam: one lambda or (low, high).
+        kind: task cost, see ``objectives.task_cost``.
+        steps: full-batch AdamW steps, at a learning rate that falls to zero on a cosine.
+
+    Returns:
+        The loss at every step.
+    """
+    generator = torch.Generator(device=logits.device).manual_seed(seed)
+    low, high = (lam, lam) if isinstance(lam, float) else lam
+    task = task_cost(logits, labels, kind)
+    optimizer = torch.optim.AdamW(policy.gates.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    losses = []
+    for _ in range(steps):
+        lams = lam
+        if low < high:
+            draw = torch.rand(len(labels), generator=generator, device=logits.device)
+            lams = torch.exp(math.log(low) + draw * math.log(high / low))
+        scale = torch.as_tensor(1 + lams, dtype=task.dtype, device=task.device)
+        cost = total_cost(task, mul_adds, lams) / scale[..., None]
+        loss = expected_cost(cost, policy.distribution(logits, lams))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.detach())
+    return torch.stack(losses).tolist()

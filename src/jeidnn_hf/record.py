@@ -1,0 +1,100 @@
+"""The ExitRecord: what every exit answered on a set of images. All that looks at results takes it and nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .costs import ExitCosts
+from .splits import SplitInfo
+
+
+@torch.inference_mode()
+def collect_logits(model, images: Dataset, batch_size: int = 512, members: bool = False) -> tuple[Tensor, Tensor]:
+    """Logits ``(N, L, K)`` of all exits and labels ``(N,)`` on a data set of pixels or cached features, on the CPU.
+
+    ``members``: the IMs' own logits, before the ensemble.
+    """
+    answer = model.heads.members if members else model.heads
+    logits, labels, device = [], [], next(model.heads.parameters()).device
+    for start in range(0, len(images), batch_size):
+        batch = images.__getitems__(range(start, min(start + batch_size, len(images))))
+        if "exit_features" in batch:
+            features = model.split_features(batch["exit_features"].to(device))
+        else:
+            features = model.backbone(batch["pixel_values"].to(device))
+        logits.append(answer(features).cpu())
+        labels.append(batch["labels"])
+    return torch.cat(logits), torch.cat(labels)
+
+
+@dataclass
+class ExitRecord:
+    """Answers of all exits on one split.
+
+    Args:
+        logits: ``(N, L, K)``.
+        labels: ``(N,)``.
+        costs: the model's cost table, in Mul-Adds.
+        split: which images these are.
+        backbone: fingerprint of the backbone that made them, if it has one.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    costs: ExitCosts
+    split: SplitInfo
+    backbone: str | None = None
+
+    def __post_init__(self):
+        if self.logits.dim() != 3 or self.labels.shape != self.logits.shape[:1] or not len(self.labels):
+            raise ValueError(
+                f"Expected logits (N, L, K) and labels (N,) with N > 0, but got {tuple(self.logits.shape)} and "
+                f"{tuple(self.labels.shape)}."
+            )
+        if self.logits.shape[1] != len(self.costs.total):
+            raise ValueError(f"Expected costs of {self.logits.shape[1]} exits, but got {len(self.costs.total)}.")
+        if not torch.isfinite(self.logits).all():
+            raise ValueError("Expected logits without NaN or infinity, but got some.")
+
+    @property
+    def normalised_costs(self) -> Tensor:
+        """IC^l as a share of the bare backbone's Mul-Adds, ``(L,)``."""
+        return torch.tensor(self.costs.normalised, dtype=self.logits.dtype, device=self.logits.device)
+
+    @property
+    def num_exits(self) -> int:
+        return self.logits.shape[1]
+
+    @classmethod
+    def of(cls, model, images: Dataset, split: SplitInfo, batch_size: int = 512) -> ExitRecord:
+        """Evaluates every exit of a model on a data set of pixels or of cached features."""
+        logits, labels = collect_logits(model, images, batch_size)
+        return cls(logits, labels, model.costs, split, model.config.backbone_fingerprint)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes ``record.safetensors`` and ``record.json``."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"logits": self.logits.contiguous(), "labels": self.labels.contiguous()}
+        save_file(tensors, folder / "record.safetensors")
+        described = {"costs": self.costs.to_dict(), "split": self.split.to_dict(), "backbone": self.backbone}
+        (folder / "record.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ExitRecord:
+        """Reads what ``save`` wrote; a ValueError where it cannot."""
+        folder = Path(folder)
+        try:
+            tensors = load_file(folder / "record.safetensors")
+            described = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+            costs, split = ExitCosts.from_dict(described["costs"]), SplitInfo.from_dict(described["split"])
+            return cls(tensors["logits"], tensors["labels"], costs, split, described["backbone"])
+        except Exception as error:
+            raise ValueError(f"Expected an ExitRecord in {str(folder)!r}, but it cannot be read: {error}") from error

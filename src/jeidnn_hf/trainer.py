@@ -1,0 +1,318 @@
+"""`JEIDNNTrainer`: transformers' Trainer, whose training step alternates between inference modules and gates.
+
+The phase is a pure function of the optimizer step, so a resumed run is in the phase that it left (Algorithm 1): warm-up
+epochs, then gates, then inference modules, changing every ``bi_switch`` steps, the count kept across epochs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from enum import IntEnum
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import EarlyStoppingCallback, Trainer
+
+from .data import collate
+from .held_out import fit_ensemble, fit_gates
+from .modeling_jeidnn import JEIDNNForImageClassification
+from .objectives import (
+    class_imbalance_weights,
+    expected_cost,
+    gate_loss,
+    gate_targets,
+    task_cost,
+    total_cost,
+    warmup_loss,
+)
+from .record import collect_logits
+from .training_args import JEIDNNTrainingArguments
+
+STATE_NAME = "jeidnn_state.json"
+
+
+class Phase(IntEnum):
+    """Whose parameters a step moves."""
+
+    WARMUP = 0
+    GATE = 1
+    IM = 2
+
+
+def phase_at(step: int, warmup_steps: int, bi_switch: int) -> Phase:
+    """The phase of an optimizer step, counted from 0."""
+    if step < warmup_steps:
+        return Phase.WARMUP
+    return Phase.GATE if (step - warmup_steps) // bi_switch % 2 == 0 else Phase.IM
+
+
+class JEIDNNTrainer(Trainer):
+    """Trains the exits of a `JEIDNNForImageClassification`; the backbone never moves.
+
+    Args:
+        model: the model.
+        args: `JEIDNNTrainingArguments`.
+        train_dataset: `CachedFeatures`, or an `ImageView` to train from pixels.
+        eval_dataset: the `validation` role, likewise: early stopping, class-imbalance weights, held-out fits.
+
+    `evaluate()` reports, per exit, accuracy, mean gate value, share of the samples and the mass left,
+    1 - sum_{j<l} P(G=j); and the realised cost: task cost + lambda x Mul-Adds of the exits taken.
+    """
+
+    def __init__(
+        self,
+        model: JEIDNNForImageClassification,
+        args: JEIDNNTrainingArguments,
+        train_dataset: Dataset,
+        eval_dataset: Dataset,
+        **kwargs: Any,
+    ):
+        classes = eval_dataset.labels.unique()
+        if len(classes) < model.config.num_labels:
+            absent = sorted(set(range(model.config.num_labels)) - set(classes.tolist()))
+            raise ValueError(f"Expected every class in the validation data, but got none of {absent[:5]}.")
+        if args.gates_on == "train" and model.config.has_lam_range:
+            raise ValueError(f"Expected one lambda for gates_on='train', but got the range {model.config.lam}.")
+        super().__init__(
+            model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=collate, **kwargs
+        )
+        if args.early_stopping_patience is not None:
+            self.add_callback(_PatientAfterWarmup(args.early_stopping_patience, self))
+        self._pos_weight: list[float] | None = None
+        self._pos_weight_epoch = -1
+
+    # The alternation.
+
+    @property
+    def phase(self) -> Phase:
+        """The phase of the coming optimizer step."""
+        warmup_steps = round(self.args.warmup_epochs * self._steps_per_epoch)
+        return phase_at(self.state.global_step, warmup_steps, self.args.bi_switch)
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return max(1, round(self.state.max_steps / self.args.num_train_epochs))
+
+    def training_step(self, model, inputs: dict[str, Tensor], num_items_in_batch=None) -> Tensor:
+        """One forward and backward of the current phase's objective, in which only its own parameters take part."""
+        phase = self.phase
+        if phase is Phase.GATE and self.args.gate_objective == "surrogate":
+            self._refresh_pos_weight()
+        inputs = self._prepare_inputs(inputs)
+        inputs.pop("index", None)
+        with self.compute_loss_context_manager():
+            loss = model(**inputs, objective=partial(self.objective, phase))
+        loss = loss / self.current_gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def objective(
+        self, phase: Phase, model: JEIDNNForImageClassification, features: Sequence[Tensor], labels: Tensor
+    ) -> Tensor:
+        """The loss of a phase. Gates see the answers detached; inference modules see the gates detached (Eq. 30)."""
+        lam, costs = model.config.current_lam, model.normalised_mul_adds
+        if phase is Phase.GATE:
+            with torch.no_grad():
+                logits = model.heads.members(features)
+                cost = total_cost(task_cost(logits, labels, model.config.task_cost), costs, lam)
+            return self._gate_objective(model, logits, cost, lam)
+        logits = model.heads.members(features)
+        task = task_cost(logits, labels)
+        if phase is Phase.WARMUP:
+            return warmup_loss(task) if self.args.warmup_weighting == "position" else task.mean(0).sum()
+        distribution = model.policy.distribution(logits if self.args.full_gradient else logits.detach(), lam)
+        if self.args.full_gradient:
+            return expected_cost(total_cost(task, costs, lam), distribution)
+        return expected_cost(task, distribution.detach())
+
+    def _gate_objective(self, model, logits: Tensor, cost: Tensor, lam: float) -> Tensor:
+        if self.args.gate_objective == "expected_cost":
+            return expected_cost(cost, model.policy.distribution(logits, lam))
+        pos_weight = None if self._pos_weight is None else logits.new_tensor(self._pos_weight)
+        return gate_loss(model.policy.gate_logits(logits, lam), gate_targets(cost, self.args.gate_targets), pos_weight)
+
+    def _refresh_pos_weight(self) -> None:
+        """Class-imbalance weights from the validation data, once an epoch and before the first gate step."""
+        epoch = self.state.global_step // self._steps_per_epoch
+        if epoch == self._pos_weight_epoch:
+            return
+        config = self.model.config
+        logits, labels = collect_logits(self.model, self.eval_dataset, members=True)
+        cost = total_cost(
+            task_cost(logits, labels, config.task_cost), self.model.normalised_mul_adds.cpu(), config.current_lam
+        )
+        targets = gate_targets(cost, self.args.gate_targets)
+        weights = class_imbalance_weights(targets, self.args.imbalance_low, self.args.imbalance_high)
+        self._pos_weight, self._pos_weight_epoch = weights.tolist(), epoch
+
+    # Optimiser and schedule.
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            args, heads, gates = self.args, self.model.heads.member_parameters(), self.model.policy.parameters()
+            groups = [
+                {"params": heads, "lr": _first_given(args.head_learning_rate, args.learning_rate)},
+                {"params": list(gates), "lr": _first_given(args.gate_learning_rate, args.learning_rate)},
+            ]
+            optimizer = torch.optim.Adam if args.optimizer == "adam" else torch.optim.AdamW
+            self.optimizer = optimizer(
+                groups, weight_decay=args.weight_decay, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
+                fused=all(group["params"][0].is_floating_point() for group in groups),
+            )  # fmt: skip
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        optimizer = optimizer or self.optimizer
+        if self.args.schedule == "one_cycle":
+            peaks = [group["lr"] for group in optimizer.param_groups]
+            self.lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(
+                getattr(optimizer, "optimizer", optimizer), peaks, total_steps=num_training_steps
+            )
+        else:
+            self.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # The run.
+
+    def train(self, *args, **kwargs):
+        """Trains; then, with ``gates_on="validation"``, fits ensemble and gates there."""
+        if self.model.heads.norms is not None and not kwargs.get("resume_from_checkpoint"):
+            self.set_feature_statistics()
+        output = super().train(*args, **kwargs)
+        if self.args.gates_on == "validation":
+            self.fit_held_out()
+        return output
+
+    def set_feature_statistics(self) -> None:
+        """Standardisation by the mean and deviation of the training features, over all views."""
+        views = getattr(self.train_dataset, "views", None)
+        if views is None or not hasattr(views[0], "statistics"):
+            raise ValueError("Expected CachedFeatures to train on, since standardize_features needs their statistics.")
+        means, stds = zip(*(view.statistics() for view in views), strict=True)
+        mean = torch.stack(means).mean(0)
+        square = torch.stack([m.square() + s.square() for m, s in zip(means, stds, strict=True)]).mean(0)
+        std = (square - mean.square()).clamp_min(0).sqrt()
+        dims, count = self.model.backbone.exit_dims, len(self.model.heads.norms)
+        self.model.heads.set_feature_statistics(mean.split(dims)[:count], std.split(dims)[:count])
+
+    def fit_held_out(self) -> None:
+        """Ensemble (with its temperatures), then gates, on the validation data."""
+        model, args = self.model, self.args
+        device = next(model.heads.parameters()).device
+        members, labels = (tensor.to(device) for tensor in collect_logits(model, self.eval_dataset, members=True))
+        logits = members
+        if model.heads.ensemble is not None:
+            fit_ensemble(model.heads.ensemble, members, labels, pull=args.ensemble_pull)
+            with torch.no_grad():
+                logits = model.heads.ensemble(members)
+        losses = fit_gates(
+            model.policy, logits, labels, model.normalised_mul_adds, model.config.lam,
+            kind=model.config.task_cost, steps=args.gate_steps, seed=args.seed,
+        )  # fmt: skip
+        self.log({"gate_fit_first_cost": losses[0], "gate_fit_last_cost": losses[-1]})
+
+    # Evaluation, logs, checkpoints.
+
+    @torch.inference_mode()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Metrics of every exit evaluated, and of the exits that the gates choose at the current lambda."""
+        logits, labels = collect_logits(self.model, eval_dataset or self.eval_dataset)
+        config, policy = self.model.config, self.model.policy
+        device = next(policy.parameters()).device
+        logits, labels, lam = logits.to(device), labels.to(device), config.current_lam
+        costs = self.model.normalised_mul_adds
+        chosen = policy.decide(logits, lam)[:, None]
+        right = (logits.argmax(-1) == labels[:, None]).float()
+        task = task_cost(logits, labels, config.task_cost).gather(1, chosen).mean()
+        metrics = {
+            "cost": task + lam * costs[chosen].mean(),
+            "accuracy": right.gather(1, chosen).mean(),
+            "mul_adds": costs[chosen].mean(),
+        }
+        gates, distribution = policy.gate_values(logits, lam), policy.distribution(logits, lam)
+        per_exit = {
+            "accuracy": right.mean(0),
+            "share": torch.bincount(chosen.flatten(), minlength=len(costs)) / len(chosen),
+            "mass_left": (1 - distribution.cumsum(-1) + distribution).mean(0),
+        }
+        if gates is not None:
+            per_exit["gate"] = gates.mean(0)
+        for name, values in per_exit.items():
+            metrics |= {f"exit_{l:02d}/{name}": value for l, value in enumerate(values, start=1)}
+        metrics = {f"{metric_key_prefix}_{name}": float(value) for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the phase; a loss that is not finite ends the run."""
+        if "loss" in logs:
+            if not torch.isfinite(torch.tensor(logs["loss"])):
+                raise ValueError(
+                    f"Expected a finite loss, but got {logs['loss']} by step {self.state.global_step}; "
+                    "check the features for NaN and the learning rate."
+                )
+            logs["phase"] = int(phase_at(self.state.global_step - 1, *self._phase_args()))
+        super().log(logs, start_time)
+
+    def _phase_args(self) -> tuple[int, int]:
+        return round(self.args.warmup_epochs * self._steps_per_epoch), self.args.bi_switch
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        """The best state is looked for once there are trained gates to realise a cost."""
+        if self.args.gates_on == "train" and phase_at(self.state.global_step - 1, *self._phase_args()) is Phase.WARMUP:
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        os.makedirs(folder, exist_ok=True)
+        if self.args.should_save:
+            with open(os.path.join(folder, STATE_NAME), "w", encoding="utf-8") as file:
+                json.dump({"pos_weight": self._pos_weight, "pos_weight_epoch": self._pos_weight_epoch}, file)
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with open(os.path.join(resume_from_checkpoint, STATE_NAME), encoding="utf-8") as file:
+            state = json.load(file)
+        self._pos_weight, self._pos_weight_epoch = state["pos_weight"], state["pos_weight_epoch"]
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """A checkpoint without the frozen backbone is complete; one without a head or a gate is not."""
+        missing = [key for key in load_result.missing_keys if not key.startswith("backbone.")]
+        if missing or load_result.unexpected_keys:
+            raise ValueError(
+                f"Expected a checkpoint of this model, but {missing[:3]} are missing and "
+                f"{load_result.unexpected_keys[:3]} are unknown."
+            )
+
+    # What transformers does at every step and this Trainer has no use for.
+
+    def floating_point_ops(self, inputs) -> int:
+        return 0
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        return grad_norm
+
+
+class _PatientAfterWarmup(EarlyStoppingCallback):
+    """Early stopping that begins to count when the warm-up ends."""
+
+    def __init__(self, patience: int, trainer: JEIDNNTrainer):
+        super().__init__(early_stopping_patience=patience)
+        self._trainer = trainer
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if phase_at(state.global_step - 1, *self._trainer._phase_args()) is not Phase.WARMUP:
+            super().on_evaluate(args, state, control, metrics, **kwargs)
+
+
+def _first_given(*values):
+    return next(value for value in values if value is not None)

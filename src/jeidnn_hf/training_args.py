@@ -1,0 +1,107 @@
+"""`JEIDNNTrainingArguments`: the arguments of transformers' Trainer, with the defaults of each recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from .objectives import GATE_TARGETS
+
+TRAINING_RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {
+        "num_train_epochs": 15,
+        "per_device_train_batch_size": 64,
+        "learning_rate": 0.01,
+        "weight_decay": 5e-4,
+        "optimizer": "adam",
+        "schedule": "constant",
+        "warmup_weighting": "position",
+        "gates_on": "train",
+        "gate_objective": "surrogate",
+    },
+    "default": {
+        "num_train_epochs": 6,
+        "per_device_train_batch_size": 512,
+        "learning_rate": 2e-3,
+        "weight_decay": 0.01,
+        "optimizer": "adamw",
+        "schedule": "one_cycle",
+        "warmup_weighting": "uniform",
+        "gates_on": "validation",
+        "gate_objective": "expected_cost",
+    },
+}
+"""What a recipe puts in the arguments that are left None."""
+
+_CHOICES = {
+    "recipe": tuple(TRAINING_RECIPES),
+    "optimizer": ("adam", "adamw"),
+    "schedule": ("constant", "one_cycle"),
+    "warmup_weighting": ("position", "uniform"),
+    "gates_on": ("train", "validation"),
+    "gate_objective": ("surrogate", "expected_cost"),
+    "gate_targets": GATE_TARGETS,
+}
+
+
+@dataclass
+class JEIDNNTrainingArguments(TrainingArguments):
+    """Arguments of `JEIDNNTrainer`; those left None are the recipe's."""
+
+    recipe: str = field(default="default", metadata={"help": "paper or default."})
+    num_train_epochs: float | None = field(default=None, metadata={"help": "E; an epoch passes all cached views."})
+    per_device_train_batch_size: int | None = field(default=None)
+    learning_rate: float | None = field(default=None)
+    weight_decay: float | None = field(default=None, metadata={"help": "Coupled for adam, decoupled for adamw."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "0: gradients are not clipped."})
+    head_learning_rate: float | None = field(default=None, metadata={"help": "Default: learning_rate."})
+    gate_learning_rate: float | None = field(default=None, metadata={"help": "Default: learning_rate."})
+    optimizer: str | None = field(default=None, metadata={"help": "adam or adamw."})
+    schedule: str | None = field(default=None, metadata={"help": "constant or one_cycle."})
+    warmup_epochs: int | None = field(
+        default=None, metadata={"help": "Epochs in which the IMs alone are trained. Default: a third of the epochs."}
+    )
+    warmup_weighting: str | None = field(default=None, metadata={"help": "position: exit l times L - l, Eq. 17."})
+    bi_switch: int = field(default=200, metadata={"help": "Optimizer steps between two changes of phase."})
+    gates_on: str | None = field(
+        default=None, metadata={"help": "train: alternate as the paper. validation: fit gates after the IMs, there."}
+    )
+    gate_objective: str | None = field(default=None, metadata={"help": "surrogate (Eq. 16) or expected_cost (Eq. 6)."})
+    gate_targets: str = field(default="subsequent", metadata={"help": "subsequent (Eq. 31) or if_min (App. 9.15)."})
+    imbalance_low: float = field(default=0.2, metadata={"help": "Smallest weight of a gate's positives."})
+    imbalance_high: float = field(default=5.0, metadata={"help": "Largest weight of a gate's positives."})
+    full_gradient: bool = field(default=False, metadata={"help": "JEI-DNN-FULL, Eq. 28-29."})
+    gate_steps: int = field(default=1500, metadata={"help": "Full-batch steps of the gates fitted on validation."})
+    ensemble_pull: float = field(default=0.01, metadata={"help": "Pull of the ensemble towards the identity."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Epochs without a better validation cost before training stops; None: never."}
+    )
+    remove_unused_columns: bool | None = field(default=False)
+    logging_nan_inf_filter: bool = field(default=False)
+    dataloader_pin_memory: bool = field(default=torch.cuda.is_available())
+
+    def __post_init__(self):
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed and not (value is None and name in TRAINING_RECIPES["paper"]):
+                raise ValueError(f"Expected {name} to be one of {allowed}, but got {value!r}.")
+        for name, value in TRAINING_RECIPES[self.recipe].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.warmup_epochs is None:
+            self.warmup_epochs = max(1, round(self.num_train_epochs / 3))
+        if self.gates_on == "validation":
+            self.warmup_epochs = self.num_train_epochs
+        for name in ("bi_switch", "gate_steps", "num_train_epochs"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Expected {name} to be positive, but got {getattr(self, name)}.")
+        if self.warmup_epochs < 0:
+            raise ValueError(f"Expected warmup_epochs not to be negative, but got {self.warmup_epochs}.")
+        if not 0 <= self.imbalance_low <= self.imbalance_high:
+            raise ValueError(
+                f"Expected 0 <= imbalance_low <= imbalance_high, but got {self.imbalance_low}, {self.imbalance_high}."
+            )
+        super().__post_init__()
