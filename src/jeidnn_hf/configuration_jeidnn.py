@@ -107,14 +107,19 @@ class JEIDNNConfig(PreTrainedConfig):
             if getattr(self, field) is None:
                 setattr(self, field, value)
         num_labels = kwargs.get("num_labels")
+        if num_labels is not None and not isinstance(num_labels, int):
+            raise ValueError(f"Expected num_labels to be an integer of at least 2, but got {num_labels!r}.")
         if num_labels is not None and self.id2label is not None and len(self.id2label) != num_labels:
             raise ValueError(
                 f"Expected as many id2label entries as num_labels={num_labels}, but got {len(self.id2label)}."
             )
         super().__post_init__(**kwargs)
-        self._check()
+        self.check()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """A ValueError where a field is out of range; again when a model is built, as fields can be set since."""
+        if self.backbone_weights is not None:
+            self.backbone_weights = str(self.backbone_weights)
         if not isinstance(self.num_labels, int) or self.num_labels < 2:
             raise ValueError(f"Expected num_labels of at least 2, but got {self.num_labels!r}.")
         _check_one_of("exit_head", self.exit_head, HEADS)

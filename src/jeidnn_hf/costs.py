@@ -7,7 +7,7 @@ handle. Pooling, heads and gates have closed forms. One Mul-Add is one multiplic
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from math import prod
@@ -50,14 +50,23 @@ class ExitCosts:
         return cls(**{name: tuple(values) for name, values in table.items()})
 
 
-def exit_costs(backbone: StagedBackbone, heads: ExitHeads, policy: ExitPolicy, num_labels: int) -> ExitCosts:
-    """The cost table of a model. At a last exit with its native classifier there is no IM and no gate."""
+def exit_costs(
+    backbone: StagedBackbone,
+    heads: ExitHeads,
+    policy: ExitPolicy,
+    num_labels: int,
+    known: Sequence[int] | None = None,
+) -> ExitCosts:
+    """The cost table of a model. At a last exit with its native classifier there is no IM and no gate.
+
+    ``known``: the backbone's column, where it has been counted before.
+    """
     exits = backbone.num_exits
     seen = zip(backbone.exit_pooling, backbone.map_shapes, strict=True)
     pooling = [pooling_mul_adds(names, shape) for names, shape in seen] + [0]
     gates = [policy.mul_adds(num_labels)] * (exits - 1) + [0]
     return ExitCosts(
-        backbone=backbone_mul_adds(backbone),
+        backbone=tuple(known or backbone_mul_adds(backbone)),
         pooling=tuple(accumulate(pooling)),
         heads=tuple(accumulate(heads.mul_adds(l) for l in range(exits))),
         gates=tuple(accumulate(gates)),

@@ -55,7 +55,7 @@ def exit_mass(gate: Tensor, remaining: Tensor, form: str) -> Tensor:
 
 def _masses(gates: Tensor, form: str) -> tuple[Tensor, Tensor]:
     """P(G=l) and r_l of all exits, each ``(..., L)``, from gates ``(..., L-1)``."""
-    remaining = [torch.ones_like(gates[..., 0]) if gates.shape[-1] else gates.new_ones(gates.shape[:-1])]
+    remaining = [gates.new_ones(gates.shape[:-1])]
     masses = []
     for gate in gates.unbind(-1):
         masses.append(exit_mass(gate, remaining[-1], form))
@@ -74,9 +74,16 @@ def exit_probability(gates: Tensor, form: str = "min") -> Tensor:
     return open_probability(*_masses(gates, form))
 
 
+def exited_probability(gates: Tensor, form: str = "min") -> Tensor:
+    """P(G <= l | x) = 1 - r_{l+1}: gates ``(..., L-1)`` to ``(..., L)``; 1 at the last exit."""
+    mass, remaining = _masses(gates, form)
+    return 1 - (remaining - mass)
+
+
 def open_probability(mass: Tensor, remaining: Tensor) -> Tensor:
     """P(E^l) = P(G=l) / r_l, and 1 where r_l = 0."""
-    return torch.where(remaining > 0, mass / remaining.clamp_min(torch.finfo(mass.dtype).tiny), 1.0)
+    is_left = remaining > 0
+    return torch.where(is_left, mass / torch.where(is_left, remaining, 1.0), 1.0)
 
 
 def exit_decision(probability: Tensor, threshold: float | Tensor = 0.5) -> Tensor:

@@ -19,6 +19,7 @@ from .exits import (
     exit_distribution,
     exit_mass,
     exit_probability,
+    exited_probability,
     open_probability,
     uncertainty_statistics,
 )
@@ -126,13 +127,15 @@ class SharedGates(nn.Module):
         low, high = map(math.log, self.lam_range)
         if low == high:
             return like.new_zeros(len(like))
+        if lam is None:
+            raise ValueError(f"Expected a lambda in {list(self.lam_range)} for gates that read it, but got None.")
         lam = torch.as_tensor(lam, dtype=like.dtype, device=like.device).expand(len(like))
         return (2 * lam.log() - (low + high)) / (high - low)
 
     def mul_adds(self, num_labels: int) -> int:
         layers = [m for m in self.layers if isinstance(m, nn.Linear)]
         biases = sum(m.out_features for m in layers if m.bias is not None) + 1
-        return 9 * num_labels + sum(m.weight.numel() for m in layers) + biases
+        return 9 * num_labels + 1 + sum(m.weight.numel() for m in layers) + biases
 
 
 GATES = {"linear": LinearGates, "shared": SharedGates}
@@ -186,10 +189,9 @@ class LearnedGates(ExitPolicy):
         gates = self.gate_values(logits, lam)
         if self.rule == "conditional":
             return exit_decision(exit_probability(gates, self.form), self.threshold)
-        draw = self._draw(logits)
-        return exit_decision(
-            exit_distribution(gates, self.form).cumsum(-1), self.threshold if draw is None else draw[:, None]
-        )
+        draw = self._draw(logits[:, 0])
+        threshold = self.threshold if draw is None else draw[:, None]
+        return exit_decision(exited_probability(gates, self.form), threshold)
 
     def mul_adds(self, num_labels: int) -> int:
         return self.gates.mul_adds(num_labels)

@@ -28,8 +28,13 @@ class Standardize(nn.Module):
     def __init__(self, dim: int, clip: float = 8.0):
         super().__init__()
         self.clip = clip
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("std", torch.ones(dim))
+        self.register_buffer("mean", torch.empty(dim))
+        self.register_buffer("std", torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.mean)
+        nn.init.ones_(self.std)
 
     def forward(self, z: Tensor) -> Tensor:
         return ((z - self.mean) / self.std).clamp(-self.clip, self.clip)
@@ -64,6 +69,15 @@ class MLPHead(nn.Module):
         return _linear_mul_adds(self.hidden, self.out)
 
 
+class Recurrence(nn.Linear):
+    """The A of `RecurrentHead`: starts near 0.7 I."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.01)
+        with torch.no_grad():
+            self.weight.diagonal().add_(0.7)
+
+
 class RecurrentHead(nn.Module):
     """A light side network that reads the frozen one (ladder side-tuning, Sung et al. 2022)::
 
@@ -75,16 +89,9 @@ class RecurrentHead(nn.Module):
     def __init__(self, dim: int, num_labels: int, head_dim: int, is_first: bool):
         super().__init__()
         self.input = nn.Linear(dim, head_dim)
-        self.hidden = None if is_first else nn.Linear(head_dim, head_dim, bias=False)
+        self.hidden = None if is_first else Recurrence(head_dim, head_dim, bias=False)
         self.out = nn.Linear(head_dim, num_labels)
         self.skip = nn.Linear(dim, num_labels, bias=False)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        if self.hidden is not None:
-            nn.init.normal_(self.hidden.weight, std=0.01)
-            with torch.no_grad():
-                self.hidden.weight.diagonal().add_(0.7)
 
     def forward(self, z: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         state = self.input(z)
@@ -110,10 +117,11 @@ class GeometricEnsemble(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_exits, num_exits))
         self.bias = nn.Parameter(torch.empty(num_exits, num_labels))
-        self.register_buffer("temperature", torch.ones(num_exits))
+        self.register_buffer("temperature", torch.empty(num_exits))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        nn.init.ones_(self.temperature)
         nn.init.eye_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -203,6 +211,8 @@ class ExitHeads(nn.Module):
     @torch.no_grad()
     def set_feature_statistics(self, means: Sequence[Tensor], stds: Sequence[Tensor]) -> None:
         """Sets what ``standardize`` subtracts and divides by, one vector per trained exit."""
+        if self.norms is None:
+            raise ValueError("Expected heads with standardize=True, but these take the features as they are.")
         for norm, mean, std in zip(self.norms, means, stds, strict=True):
             norm.mean.copy_(mean)
             norm.std.copy_(std.clamp_min(1e-6))

@@ -59,6 +59,7 @@ class JEIDNNForImageClassification(PreTrainedModel):
     accepts_loss_kwargs = False
 
     def __init__(self, config: JEIDNNConfig):
+        config.check()
         super().__init__(config)
         if config.image_size is None:
             config.image_size = pretrained_cfg(config.backbone)["input_size"][-1]
@@ -87,12 +88,12 @@ class JEIDNNForImageClassification(PreTrainedModel):
         self.policy = LearnedGates(
             GATES[config.gate](*gates), num_exits, config.gate_form, config.exit_rule, config.exit_threshold
         )
-        if config.mul_adds is None:
-            with torch.device("cpu"):
-                costs = exit_costs(self.backbone, self.heads, self.policy, config.num_labels)
-            config.mul_adds = costs.to_dict()
-        if len(self.costs.total) != num_exits:
-            raise ValueError(f"Expected mul_adds of {num_exits} exits, but got {len(self.costs.total)}.")
+        known = config.mul_adds and config.mul_adds["backbone"]
+        if known and len(known) != num_exits:
+            raise ValueError(f"Expected mul_adds of {num_exits} exits, but got {len(known)}.")
+        with torch.device("cpu"):
+            costs = exit_costs(self.backbone, self.heads, self.policy, config.num_labels, known)
+        config.mul_adds = costs.to_dict()
         with torch.device("cpu"):
             self.register_buffer("exit_mul_adds", torch.tensor(self.costs.total), persistent=False)
         for module in self.backbone.modules():
@@ -128,17 +129,26 @@ class JEIDNNForImageClassification(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As in transformers, but everything is as trained or it is a ValueError: nothing is left at random."""
         wants_info = kwargs.pop("output_loading_info", False)
+        takes_other_shapes = kwargs.pop("ignore_mismatched_sizes", False)
+        if kwargs.get("backbone_weights") is not None:
+            kwargs["backbone_weights"] = str(kwargs["backbone_weights"])
         try:
             model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+                pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
         except SafetensorError as error:
             raise ValueError(
                 f"Expected complete weights in {str(pretrained_model_name_or_path)!r}, but got a broken file "
                 f"({error}); fetch it again."
             ) from error
+        if info["mismatched_keys"] and not takes_other_shapes:
+            key, found, expected = min(info["mismatched_keys"])
+            raise ValueError(
+                f"Expected {key} of shape {tuple(expected)} in {str(pretrained_model_name_or_path)!r}, but got "
+                f"{tuple(found)}; ignore_mismatched_sizes=True starts such tensors afresh."
+            )
         wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys") if info[key]}
-        if wrong and not kwargs.get("ignore_mismatched_sizes"):
+        if wrong:
             raise ValueError(
                 f"Expected a checkpoint of this network in {str(pretrained_model_name_or_path)!r}, but got "
                 + " and ".join(f"{len(names)} {key.replace('_', ' ')} like {names[0]}" for key, names in wrong.items())
@@ -172,6 +182,11 @@ class JEIDNNForImageClassification(PreTrainedModel):
         """The lambda in use from now on; within the trained range, else a ValueError. It is saved with the model."""
         self.config.current_lam = self.config.check_lam_in_range(lam)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients of the exits; the frozen backbone, with its hundreds of tensors, never has any."""
+        self.heads.zero_grad(set_to_none)
+        self.policy.zero_grad(set_to_none)
+
     def forward(
         self,
         pixel_values: Tensor | None = None,
@@ -204,15 +219,15 @@ class JEIDNNForImageClassification(PreTrainedModel):
             exit_features = self.split_features(exit_features)
         if objective is not None:
             return objective(self, self.backbone(pixel_values) if exit_features is None else exit_features, labels)
+        if exit_features is not None:
+            self._check_features(exit_features)
         inputs = [pixel_values] if exit_features is None else list(exit_features)
         batch = len(inputs[0])
         for tensor in inputs:
             _check_finite("pixel_values" if exit_features is None else "exit_features", tensor)
         lam = self._check_lam(lam, batch, inputs[0].device)
         if labels is not None:
-            self._check_labels(labels, batch)
-        if exit_features is not None:
-            self._check_features(inputs, batch)
+            labels = self._check_labels(labels, batch)
         if exit_features is None and labels is None and not output_all_exits:
             output = self._early_exit(pixel_values, lam)
         else:
@@ -318,13 +333,14 @@ class JEIDNNForImageClassification(PreTrainedModel):
             self.config.check_lam_in_range(float(end))
         return lam.to(device).expand(batch)
 
-    def _check_labels(self, labels: Tensor, batch: int) -> None:
+    def _check_labels(self, labels: Tensor, batch: int) -> Tensor:
         if labels.shape != (batch,) or labels.is_floating_point():
             got = f"{labels.dtype} {tuple(labels.shape)}"
             raise ValueError(f"Expected integer labels of shape ({batch},), but got {got}.")
         wrong = labels[(labels < 0) | (labels >= self.config.num_labels)]
         if len(wrong):
             raise ValueError(f"Expected labels in 0..{self.config.num_labels - 1}, but got {int(wrong[0])}.")
+        return labels.long()
 
     def split_features(self, features: Tensor) -> tuple[Tensor, ...]:
         """Features side by side, ``(B, sum_l d_l)``, to one ``(B, d_l)`` per exit."""
@@ -333,9 +349,9 @@ class JEIDNNForImageClassification(PreTrainedModel):
             raise ValueError(f"Expected exit_features of shape {expected}, but got {tuple(features.shape)}.")
         return features.split(self.backbone.exit_dims, dim=1)
 
-    def _check_features(self, features: Sequence[Tensor], batch: int) -> None:
+    def _check_features(self, features: Sequence[Tensor]) -> None:
         shapes = [tuple(z.shape) for z in features]
-        expected = [(batch, d) for d in self.backbone.exit_dims]
+        expected = [(shapes[0][0] if shapes else "batch", d) for d in self.backbone.exit_dims]
         if shapes != expected:
             raise ValueError(f"Expected exit_features of shapes {expected}, but got {shapes}.")
 

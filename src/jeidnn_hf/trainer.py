@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer
@@ -34,6 +35,7 @@ from .record import collect_logits
 from .training_args import JEIDNNTrainingArguments
 
 STATE_NAME = "jeidnn_state.json"
+_PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class Phase(IntEnum):
@@ -167,6 +169,9 @@ class JEIDNNTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.accelerator.scaler is None and self.accelerator.distributed_type in _PLAIN:
+            # accelerate's wrapper looks for an absent package at every step, which costs as much as a step itself
+            self.optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         optimizer = optimizer or self.optimizer
         if self.args.schedule == "one_cycle":
             peaks = [group["lr"] for group in optimizer.param_groups]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,11 @@ WEIGHTS_DIR_VARIABLE = "JEIDNN_WEIGHTS_DIR"
 def pretrained_cfg(name: str) -> dict:
     """timm's description of a model: input size, mean, std, interpolation, crop. A ValueError for an unknown name."""
     _check_known(name)
-    return timm.get_pretrained_cfg(name).to_dict()
+    try:
+        return timm.get_pretrained_cfg(name, allow_unregistered=False).to_dict()
+    except RuntimeError as error:
+        tags = timm.list_pretrained(f"{name.split('.')[0]}*")[:5]
+        raise ValueError(f"Expected a tag that timm knows, but got {name!r}; known: {tags}.") from error
 
 
 def build_model(
@@ -67,7 +72,7 @@ def build_model(
 
 def _check_known(name: str) -> None:
     if not timm.is_model(name.split(".")[0]):
-        close = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
+        close = get_close_matches(name.split(".")[0], timm.list_models(), n=5)
         raise ValueError(f"Expected the name of a timm model, but got {name!r}; names like it: {close}.")
 
 

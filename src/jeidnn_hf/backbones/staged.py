@@ -9,7 +9,7 @@ A family is one subclass that says what its stem, blocks and head are, registere
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ def select(tree: Any, rows: Tensor) -> Any:
         return tree.index_select(0, rows)
     if isinstance(tree, dict):
         return {key: select(value, rows) for key, value in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(select(value, rows) for value in tree))
     if isinstance(tree, (tuple, list)):
         return type(tree)(select(value, rows) for value in tree)
     if tree is None:
@@ -197,10 +199,12 @@ def _rich_statistics(side: int) -> tuple[str, ...]:
 def _check_exit_stages(stages: Sequence[int] | None, num_blocks: int) -> tuple[int, ...]:
     if stages is None:
         return tuple(range(num_blocks))
-    stages = tuple(stages)
+    given, stages = stages, tuple(stages) if isinstance(stages, Iterable) else ()
     allowed = f"rising block numbers from 0 to {num_blocks - 1}, the last one included"
-    if not stages or list(stages) != sorted(set(stages)) or stages[0] < 0 or stages[-1] != num_blocks - 1:
-        raise ValueError(f"Expected exit_stages to be {allowed}, but got {list(stages)}.")
+    whole = all(isinstance(stage, int) and not isinstance(stage, bool) for stage in stages)
+    if not stages or not whole or list(stages) != sorted(set(stages)) or stages[0] < 0 or stages[-1] != num_blocks - 1:
+        got = list(stages) if isinstance(given, Iterable) else given
+        raise ValueError(f"Expected exit_stages to be a list of {allowed}, but got {got}.")
     return stages
 
 
