@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -165,7 +166,7 @@ class JEIDNNConfig(PreTrainedConfig):
 def check_lam(lam: float | Sequence[float]) -> float | list[float]:
     """A finite lambda >= 0, or a range 0 < low < high, as plain floats; else a ValueError."""
     values = list(lam) if isinstance(lam, Sequence) and not isinstance(lam, str) else [lam]
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and v >= 0 for v in values):
+    if not all(isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v) and v >= 0 for v in values):
         raise ValueError(f"Expected lambda to be finite and not negative, but got {lam!r}.")
     if len(values) == 1 and values[0] is lam:
         return float(lam)

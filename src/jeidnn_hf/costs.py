@@ -109,6 +109,7 @@ def _count(function: Callable, state) -> int:
     analysis = FlopCountAnalysis(_Piece(function), (state,))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_mul_adds)
+    analysis.set_op_handle("aten::rms_norm", _rms_norm_mul_adds)
     logging.getLogger("fvcore").setLevel(logging.ERROR)
     return int(analysis.total())
 
@@ -117,3 +118,8 @@ def _attention_mul_adds(inputs: list, outputs: list) -> int:
     """q k^T and attn v: twice B h N M d, for queries (B, h, N, d) and keys (B, h, M, d)."""
     query, key = get_shape(inputs[0]), get_shape(inputs[1])
     return 2 * prod(query) * key[-2]
+
+
+def _rms_norm_mul_adds(inputs: list, outputs: list) -> int:
+    """4 per element, one less than the 5 of LayerNorm: no mean is subtracted."""
+    return 4 * prod(get_shape(inputs[0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +23,15 @@ from .objectives import expected_cost, task_cost, total_cost
 
 logger = logging.get_logger(__name__)
 
+_DECIDE_COSTS = {"backbone", "backbone_kwargs", "image_size", "num_channels", "exit_stages", "native_head"}
+
 
 @dataclass
 class JEIDNNOutput(ModelOutput):
     """What `JEIDNNForImageClassification` answers, rows in input order.
 
     Args:
-        loss (`(1,)`): the expected cost of Eq. 6 with cross-entropy, when labels are given.
+        loss: a scalar, the expected cost of Eq. 6 with cross-entropy, when labels are given.
         logits (`(B, K)`): of the exit taken.
         exit_index (`(B,)`): the exit taken, 0..L-1.
         all_logits (`(B, L, K)`): of every exit, when every exit was evaluated; likewise the next two.
@@ -116,6 +119,9 @@ class JEIDNNForImageClassification(PreTrainedModel):
         Raises:
             ValueError: weights that cannot be had or that are of another network; options out of range.
         """
+        known = {field.name for field in dataclasses.fields(JEIDNNConfig)}
+        if unknown := sorted(config.keys() - known):
+            raise ValueError(f"Expected fields of JEIDNNConfig, but got {unknown}; known: {sorted(known)}.")
         if num_labels is None and "id2label" not in config:
             num_labels = pretrained_cfg(backbone)["num_classes"]
         if num_labels is not None:
@@ -130,8 +136,12 @@ class JEIDNNForImageClassification(PreTrainedModel):
         """As in transformers, but everything is as trained or it is a ValueError: nothing is left at random."""
         wants_info = kwargs.pop("output_loading_info", False)
         takes_other_shapes = kwargs.pop("ignore_mismatched_sizes", False)
+        save_backbone = kwargs.pop("save_backbone", None)  # says how to save, not how this checkpoint was saved
         if kwargs.get("backbone_weights") is not None:
             kwargs["backbone_weights"] = str(kwargs["backbone_weights"])
+        if _DECIDE_COSTS & kwargs.keys():
+            kwargs.setdefault("mul_adds", None)
+        kwargs.setdefault("use_safetensors", True)
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -157,14 +167,18 @@ class JEIDNNForImageClassification(PreTrainedModel):
         if not model.config.save_backbone and model.config.backbone_weights is not None:
             model._restore_backbone()
         model.backbone.freeze()
+        if save_backbone is not None:
+            model.config.save_backbone = save_backbone
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers. The backbone is stored only where it cannot be rebuilt from its name and weights."""
-        if not self.config.save_backbone and self.config.backbone_weights is not None:
-            if fingerprint(self.backbone.model.state_dict()) != self.config.backbone_fingerprint:
+        if self.backbone.model_dtype is torch.float32:
+            found = fingerprint(self.backbone.model.state_dict())
+            if found != self.config.backbone_fingerprint and self.config.backbone_weights is not None:
                 logger.warning("The backbone's weights have changed since they were loaded: storing them as well.")
                 self.config.save_backbone = True
+            self.config.backbone_fingerprint = found
         self._choose_what_is_stored()
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -224,7 +238,7 @@ class JEIDNNForImageClassification(PreTrainedModel):
         inputs = [pixel_values] if exit_features is None else list(exit_features)
         batch = len(inputs[0])
         for tensor in inputs:
-            _check_finite("pixel_values" if exit_features is None else "exit_features", tensor)
+            _check_numbers("pixel_values" if exit_features is None else "exit_features", tensor)
         lam = self._check_lam(lam, batch, inputs[0].device)
         if labels is not None:
             labels = self._check_labels(labels, batch)
@@ -244,7 +258,7 @@ class JEIDNNForImageClassification(PreTrainedModel):
         if labels is not None:
             cost = total_cost(task_cost(logits, labels), self.normalised_mul_adds, lam)
             loss = expected_cost(cost, distribution)
-            _check_finite("the loss", loss)
+            _check_numbers("the loss", loss)
         return JEIDNNOutput(
             loss=loss,
             logits=logits[torch.arange(len(logits), device=logits.device), exit_index],
@@ -334,8 +348,9 @@ class JEIDNNForImageClassification(PreTrainedModel):
         return lam.to(device).expand(batch)
 
     def _check_labels(self, labels: Tensor, batch: int) -> Tensor:
-        if labels.shape != (batch,) or labels.is_floating_point():
-            got = f"{labels.dtype} {tuple(labels.shape)}"
+        is_tensor = isinstance(labels, Tensor)
+        if not is_tensor or labels.shape != (batch,) or labels.is_floating_point():
+            got = f"{labels.dtype} {tuple(labels.shape)}" if is_tensor else type(labels).__name__
             raise ValueError(f"Expected integer labels of shape ({batch},), but got {got}.")
         wrong = labels[(labels < 0) | (labels >= self.config.num_labels)]
         if len(wrong):
@@ -356,6 +371,8 @@ class JEIDNNForImageClassification(PreTrainedModel):
             raise ValueError(f"Expected exit_features of shapes {expected}, but got {shapes}.")
 
 
-def _check_finite(name: str, tensor: Tensor) -> None:
+def _check_numbers(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"Expected {name} of floating-point numbers, but got {tensor.dtype}.")
     if not torch.isfinite(tensor).all():
         raise ValueError(f"Expected {name} without NaN or infinity, but got some; check the preprocessing or the data.")

@@ -64,7 +64,8 @@ def build_model(
     try:
         model = timm.create_model(name, **options)
     except (AssertionError, RuntimeError, TypeError) as error:
-        raise ValueError(f"Expected options that {name} can be built with, but got {options}: {error}") from error
+        reason = _short(error)
+        raise ValueError(f"Expected options that {name} can be built with, but got {options}: {reason}") from error
     if weights is not None:
         load_state(model, read_state_dict(weights), source=weights)
     return model
@@ -95,6 +96,11 @@ def _build_from_tag(name: str, cfg: dict, options: dict) -> nn.Module:
         ) from error
 
 
+def _short(error: Exception) -> str:
+    """The first line of an error, since torch's go on for many."""
+    return str(error).strip().split("\n")[0]
+
+
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """A state dict from ``.safetensors``, or from a torch file with ``weights_only=True``."""
     path = _find(path)
@@ -103,7 +109,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"Expected a complete weights file, but {str(path)!r} cannot be read: {error}") from error
+        reason = _short(error)
+        raise ValueError(f"Expected a complete weights file, but {str(path)!r} cannot be read: {reason}") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"Expected {str(path)!r} to hold a plain state dict of tensors, but it does not.")
     return dict(state)

@@ -106,6 +106,10 @@ class StagedBackbone(nn.Module):
     def num_exits(self) -> int:
         return len(self.exit_stages)
 
+    @property
+    def model_dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
     def stem(self, pixel_values: Tensor) -> State:
         """``(B, C, S, S)`` pixels to the first state; a ValueError where the shape is another."""
         expected = (self.num_channels, self.image_size, self.image_size)
