@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import yaml
+from accelerate import PartialState
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -34,14 +35,16 @@ def main() -> None:
     config = yaml.safe_load(options.config.read_text())
     output_dir = options.output_dir or Path(config["output_dir"])
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    is_main = PartialState().is_main_process
 
     data = config["data"]
     sources = load_source(data["dataset"], data_files=data.get("data_files"), data_dir=data.get("data_dir"))
     labels = {name: read_labels(rows) for name, rows in sources.items()}
     num_classes = sources["train"].features["label"].num_classes
     splits = make_splits(data["dataset"], labels, num_classes=num_classes, **data.get("splits", {}))
-    splits.save(output_dir / "splits.json")
+    if is_main:
+        (output_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        splits.save(output_dir / "splits.json")
 
     for name in options.run or config["runs"]:
         run = config["runs"][name]
@@ -68,11 +71,12 @@ def main() -> None:
         trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None)
         metrics = trainer.evaluate()
         trainer.save_state()
-        model.save_pretrained(folder)
-        print(
-            f"{name}: validation accuracy {metrics['eval_accuracy']:.4f} at {metrics['eval_mul_adds']:.3f} of the "
-            f"Mul-Adds, {time.perf_counter() - started:.0f} s, saved in {folder}"
-        )
+        if is_main:
+            model.save_pretrained(folder)
+            print(
+                f"{name}: validation accuracy {metrics['eval_accuracy']:.4f} at {metrics['eval_mul_adds']:.3f} of the "
+                f"Mul-Adds, {time.perf_counter() - started:.0f} s, saved in {folder}"
+            )
 
 
 if __name__ == "__main__":
