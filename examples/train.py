@@ -15,7 +15,6 @@ from pathlib import Path
 import yaml
 from accelerate import PartialState
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from jeidnn_hf import JEIDNNForImageClassification
 from jeidnn_hf.backbones import pretrained_cfg
@@ -67,8 +66,7 @@ def main() -> None:
         folder = output_dir / name
         args = JEIDNNTrainingArguments(output_dir=str(folder / "checkpoints"), **training)
         trainer = JEIDNNTrainer(model, args, train, validation)
-        checkpoints = folder / "checkpoints"
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None)
+        trainer.train(resume_from_checkpoint=True)
         metrics = trainer.evaluate()
         trainer.save_state()
         if is_main:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from enum import IntEnum
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +52,21 @@ def phase_at(step: int, warmup_steps: int, bi_switch: int) -> Phase:
     if step < warmup_steps:
         return Phase.WARMUP
     return Phase.GATE if (step - warmup_steps) // bi_switch % 2 == 0 else Phase.IM
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint in a folder that was written to its end, or None.
+
+    transformers writes the trainer's state last, so a run killed while saving leaves a checkpoint without it.
+    """
+    checkpoints = [path for path in Path(folder).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    for path in sorted(checkpoints, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(path)
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 class JEIDNNTrainer(Trainer):
@@ -185,11 +201,16 @@ class JEIDNNTrainer(Trainer):
 
     # The run.
 
-    def train(self, *args, **kwargs):
-        """Trains; then, with ``gates_on="validation"``, fits ensemble and gates there."""
-        if self.model.heads.norms is not None and not kwargs.get("resume_from_checkpoint"):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Trains; then, with ``gates_on="validation"``, fits ensemble and gates there.
+
+        ``resume_from_checkpoint``: a checkpoint, or True for the newest complete one, from the start if there is none.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        if self.model.heads.norms is not None and not resume_from_checkpoint:
             self.set_feature_statistics()
-        output = super().train(*args, **kwargs)
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.args.gates_on == "validation":
             self.fit_held_out()
         return output
