@@ -62,7 +62,7 @@ def _costs(options: argparse.Namespace) -> None:
     table = JEIDNNForImageClassification(config).costs
     columns = {**table.to_dict(), "total": list(table.total), "normalised": list(table.normalised)}
     if options.json:
-        print(json.dumps({"backbone": options.backbone, "num_classes": options.num_classes, **columns}, indent=1))
+        print(json.dumps({"name": options.backbone, "num_classes": options.num_classes, **columns}, indent=1))
         return
     print(f"{options.backbone}, {options.num_classes} classes, {config.image_size} px: cumulative Mul-Adds per exit")
     print(f"{'exit':>4} {'backbone':>15} {'+ pooling':>12} {'+ heads':>12} {'+ gates':>10} {'total':>15} {'share':>7}")

@@ -274,7 +274,9 @@ class ImageView(torch.utils.data.Dataset):
         """
         rows = self.indices[np.linspace(0, len(self.indices) - 1, min(probes, len(self.indices))).astype(np.int64)]
         digest = hashlib.sha256(self._labels.numpy().astype("<i8").tobytes())
-        for value in self._encoded[rows]["image"]:
+        for row, value in zip(rows, self._encoded[rows]["image"], strict=True):
+            if value is None:
+                _decode(value, row)
             digest.update(value["bytes"] or str(value["path"]).encode())
         return digest.hexdigest()
 

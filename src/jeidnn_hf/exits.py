@@ -30,10 +30,11 @@ def uncertainty_statistics(probs: Tensor) -> Tensor:
     sharpened = probs.square()
     sharpened = sharpened / sharpened.sum(-1, keepdim=True)
     top = probs.topk(2, dim=-1).values
-    return torch.stack([top[..., 0], _entropy(probs), _entropy(sharpened), top[..., 0] - top[..., 1]], dim=-1)
+    return torch.stack([top[..., 0], entropy(probs), entropy(sharpened), top[..., 0] - top[..., 1]], dim=-1)
 
 
-def _entropy(probs: Tensor) -> Tensor:
+def entropy(probs: Tensor) -> Tensor:
+    """``-sum p log p`` in nats over the last dimension, 0 log 0 = 0, with a finite gradient everywhere."""
     return -(probs * probs.clamp_min(torch.finfo(probs.dtype).tiny).log()).sum(-1)
 
 

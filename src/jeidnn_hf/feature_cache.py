@@ -33,6 +33,7 @@ def cache_key(backbone: StagedBackbone, images: ImageView, split: str, dtype: to
     """What decides the numbers in a cache file; ``split`` is the hash of a split role, ``images`` has one view."""
     (view,) = images.views
     return {
+        "network": getattr(backbone.model, "build_options", type(backbone.model).__name__),
         "backbone": fingerprint(backbone.model.state_dict()),
         "exit_stages": list(backbone.exit_stages),
         "exit_pooling": [list(names) for names in backbone.exit_pooling],
@@ -110,8 +111,9 @@ def _extract(backbone, images, key, path: Path, dtype, batch_size: int, descript
     rows, width = len(images), sum(backbone.exit_dims)
     layout = {"features": (dtype, (rows, width)), "labels": (torch.int64, (rows,)), "index": (torch.int64, (rows,))}
     header, offsets, size = _header(layout, key)
-    done = json.loads(progress.read_text())["rows"] if partial.exists() and progress.exists() else 0
+    done = _rows_done(progress) if partial.exists() else 0
     if not done:
+        progress.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free
         if free < size:
             raise ValueError(
@@ -128,7 +130,13 @@ def _extract(backbone, images, key, path: Path, dtype, batch_size: int, descript
         for number, start in enumerate(range(done, rows, batch_size), start=1):
             stop = min(start + batch_size, rows)
             pixels = images.__getitems__(range(start, stop))["pixel_values"].to(device)
-            features[start:stop] = torch.cat(backbone(pixels), dim=1).to(dtype).cpu().numpy()
+            rows_now = torch.cat(backbone(pixels), dim=1).to(dtype).cpu()
+            if not torch.isfinite(rows_now).all():
+                raise ValueError(
+                    f"Expected finite features within {key['dtype']}, but got others in rows {start} to {stop - 1}; "
+                    "check the images, or pass dtype=torch.float32."
+                )
+            features[start:stop] = rows_now.numpy()
             bar.update(stop - start)
             if number % _SAVE_EVERY == 0:
                 features.flush()
@@ -136,6 +144,13 @@ def _extract(backbone, images, key, path: Path, dtype, batch_size: int, descript
     features.flush()
     partial.replace(path)
     progress.unlink(missing_ok=True)
+
+
+def _rows_done(progress: Path) -> int:
+    try:
+        return json.loads(progress.read_text())["rows"]
+    except (OSError, ValueError):
+        return 0
 
 
 def _header(layout: dict, key: dict[str, Any]) -> tuple[bytes, dict[str, int], int]:
@@ -222,6 +237,9 @@ class CachedFeatures(torch.utils.data.Dataset):
 
     def __getitems__(self, rows: Sequence[int]) -> dict[str, Tensor]:
         rows = torch.as_tensor(rows)
+        if len(rows) and not (-len(self) <= int(rows.min()) and int(rows.max()) < len(self)):
+            raise IndexError(f"Expected rows in [0, {len(self)}), but got {int(rows.min())} to {int(rows.max())}.")
+        rows = rows % len(self)
         view, row = rows // len(self.views[0]), rows % len(self.views[0])
         if len(self.views) == 1:
             features = self.views[0].features[row]

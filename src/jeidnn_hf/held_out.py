@@ -7,18 +7,20 @@ ensemble weights learned on held-out images are calibrated (both work from logit
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .calibration import fit_temperatures
+from .exits import entropy
 from .gates import LearnedGates
 from .heads import GeometricEnsemble
 from .objectives import expected_cost, task_cost, total_cost
 
 
-def fit_ensemble(ensemble: GeometricEnsemble, members: Tensor, labels: Tensor, pull: float = 0.01) -> None:
+def fit_ensemble(ensemble: GeometricEnsemble, members: Tensor, labels: Tensor, pull: float = 0.3) -> None:
     """Fits temperatures, then weights and biases of the geometric ensemble, in place.
 
     Minimises the cross-entropy of every exit plus ``pull`` times the squared distance of its weights and biases from
@@ -58,9 +60,10 @@ def fit_gates(
     lam: float | list[float],
     *,
     kind: str = "error",
-    steps: int = 1500,
+    steps: int = 800,
     learning_rate: float = 0.01,
-    weight_decay: float = 0.01,
+    weight_decay: float = 0.1,
+    exploration: float = 0.03,
     seed: int = 0,
 ) -> list[float]:
     """Trains gates on fixed answers by the expected cost of Eq. 6, an exact sum over exits, in place.
@@ -72,26 +75,30 @@ def fit_gates(
         lam: one lambda or (low, high).
         kind: task cost, see ``objectives.task_cost``.
         steps: full-batch AdamW steps, at a learning rate that falls to zero on a cosine.
+        exploration: reward at the start, per nat of the entropy of P(G), falling to zero likewise. A gate
+            that is shut for everybody has no gradient left to learn for whom it should open; this keeps it ajar.
 
     Returns:
         The loss at every step.
     """
     generator = torch.Generator(device=logits.device).manual_seed(seed)
-    low, high = (lam, lam) if isinstance(lam, float) else lam
+    low, high = lam if isinstance(lam, Sequence) else (lam, lam)
     task = task_cost(logits, labels, kind)
     optimizer = torch.optim.AdamW(policy.gates.parameters(), lr=learning_rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
-    for _ in range(steps):
+    for step in range(steps):
         lams = lam
         if low < high:
             draw = torch.rand(len(labels), generator=generator, device=logits.device)
             lams = torch.exp(math.log(low) + draw * math.log(high / low))
         scale = torch.as_tensor(1 + lams, dtype=task.dtype, device=task.device)
         cost = total_cost(task, mul_adds, lams) / scale[..., None]
-        loss = expected_cost(cost, policy.distribution(logits, lams))
+        distribution = policy.distribution(logits, lams)
+        loss = expected_cost(cost, distribution)
+        reward = exploration * (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.zero_grad()
-        loss.backward()
+        (loss - reward * entropy(distribution).mean()).backward()
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())

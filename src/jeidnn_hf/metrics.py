@@ -28,7 +28,8 @@ def expected_calibration_error(probs: Tensor, labels: Tensor, bins: int = 15) ->
 
 
 def accuracy_at_cost(costs: Tensor, accuracies: Tensor, budget: float) -> float:
-    """Accuracy that a set of operating points reaches at a mean cost, by linear interpolation on their upper frontier.
+    """Accuracy that a set of operating points reaches at a mean cost, by linear interpolation along their frontier: the
+    points that no cheaper point equals.
 
     Args:
         costs, accuracies: ``(P,)`` of the points; budget in the same unit as the costs.
@@ -37,7 +38,9 @@ def accuracy_at_cost(costs: Tensor, accuracies: Tensor, budget: float) -> float:
         NaN below the cheapest point; the best accuracy above the dearest.
     """
     order = costs.argsort()
-    costs, accuracies = costs[order].double(), accuracies[order].double().cummax(0).values
+    costs, accuracies = costs[order].double(), accuracies[order].double()
+    gains = accuracies > torch.cat([accuracies.new_tensor([-1.0]), accuracies.cummax(0).values[:-1]])
+    costs, accuracies = costs[gains], accuracies[gains]
     if budget < costs[0]:
         return float("nan")
     right = int(torch.searchsorted(costs, budget, right=True))

@@ -22,7 +22,7 @@ def collect_logits(model, images: Dataset, batch_size: int = 512, members: bool 
     ``members``: the IMs' own logits, before the ensemble.
     """
     answer = model.heads.members if members else model.heads
-    logits, labels, device = [], [], next(model.heads.parameters()).device
+    logits, labels, device = [], [], model.device
     for start in range(0, len(images), batch_size):
         batch = images.__getitems__(range(start, min(start + batch_size, len(images))))
         if "exit_features" in batch:

@@ -74,8 +74,8 @@ class JEIDNNTrainingArguments(TrainingArguments):
     imbalance_low: float = field(default=0.2, metadata={"help": "Smallest weight of a gate's positives."})
     imbalance_high: float = field(default=5.0, metadata={"help": "Largest weight of a gate's positives."})
     full_gradient: bool = field(default=False, metadata={"help": "JEI-DNN-FULL, Eq. 28-29."})
-    gate_steps: int = field(default=1500, metadata={"help": "Full-batch steps of the gates fitted on validation."})
-    ensemble_pull: float = field(default=0.01, metadata={"help": "Pull of the ensemble towards the identity."})
+    gate_steps: int = field(default=800, metadata={"help": "Full-batch steps of the gates fitted on validation."})
+    ensemble_pull: float = field(default=0.3, metadata={"help": "Pull of the ensemble towards the identity."})
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Epochs without a better validation cost before training stops; None: never."}
     )

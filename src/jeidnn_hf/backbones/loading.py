@@ -50,6 +50,8 @@ def build_model(
             of a ``.pth`` file that holds a plain state dict.
         options: further arguments of ``timm.create_model``.
 
+    The model remembers what it was built from in ``build_options``.
+
     Raises:
         ValueError: unknown model; weights that cannot be had; weights of another shape, or another classifier.
     """
@@ -60,9 +62,12 @@ def build_model(
     if image_size is not None and image_size != cfg["input_size"][-1] and cfg.get("fixed_input_size"):
         options["img_size"] = image_size
     if weights == HUB_WEIGHTS:
-        return _build_from_tag(name, cfg, options)
+        model = _build_from_tag(name, cfg, options)
+        model.build_options = {"name": name, **options}
+        return model
     try:
         model = timm.create_model(name, **options)
+        model.build_options = {"name": name, **options}
     except (AssertionError, RuntimeError, TypeError) as error:
         reason = _short(error)
         raise ValueError(f"Expected options that {name} can be built with, but got {options}: {reason}") from error

@@ -35,7 +35,7 @@ class ConfidenceThreshold(ExitPolicy):
         Raises:
             ValueError: a budget that even leaving at the first exit exceeds.
         """
-        costs = record.normalised_costs
+        costs = torch.tensor(record.costs.normalised, dtype=torch.float64)
         if not float(costs[0]) <= budget:
             raise ValueError(f"Expected a budget of at least {float(costs[0]):.3f}, the first exit, but got {budget}.")
         policy = cls(fit_temperatures(record.logits, record.labels), threshold=-1.0)
