@@ -31,11 +31,14 @@ BACKBONE = "vit_tiny_patch16_224"
 BACKBONE_KWARGS = {"patch_size": 2, "embed_dim": 48, "depth": 6, "num_heads": 3}
 PREPROCESSING = Preprocessing(8, 1.0, "bilinear", (0.3,), (0.35,), channels=1)
 PAPER_LAMBDAS = (0.1, 0.5, 2.0)
-DEFAULT_LAMBDAS = (0.01, 0.03, 0.1, 0.3, 1.0)
+DEFAULT_LAMBDAS = (0.003, 0.01, 0.03, 0.3)
 
 
-def run_demo(output_dir: str | Path, seed: int = 0, quiet: bool = False) -> list[dict]:
-    """Trains, evaluates, prints the frontier table and writes ``frontier.png``; returns the table's rows."""
+def run_demo(output_dir: str | Path, seed: int = 0, quiet: bool = False, epochs: int = 40) -> list[dict]:
+    """Trains, evaluates, prints the frontier table and writes ``frontier.png``; returns the table's rows.
+
+    ``epochs``: of the backbone, and of the exits.
+    """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     set_seed(seed)
@@ -45,15 +48,16 @@ def run_demo(output_dir: str | Path, seed: int = 0, quiet: bool = False) -> list
     splits.save(output_dir / "splits.json")
     disable_progress_bar()
     weights = output_dir / "backbone.safetensors"
-    train_backbone(sources, splits, weights, epochs=40, quiet=quiet)
+    train_backbone(sources, splits, weights, epochs=epochs, quiet=quiet)
 
     curves: dict[str, list[EvaluationReport]] = {"paper": [], "default": []}
     for lam in tqdm(PAPER_LAMBDAS, desc="paper's recipe, one training per lambda", disable=quiet):
-        model, record = _train_exits("paper", weights, sources, splits, output_dir / f"paper-lam{lam:g}", seed, lam=lam)
+        folder = output_dir / f"paper-lam{lam:g}"
+        model, record = _train_exits("paper", weights, sources, splits, folder, seed, epochs, lam=lam)
         curves["paper"].append(evaluate(record, model.policy, lam))
     if not quiet:
         print("default recipe, one training for every lambda")
-    model, record = _train_exits("default", weights, sources, splits, output_dir / "default", seed)
+    model, record = _train_exits("default", weights, sources, splits, output_dir / "default", seed, epochs)
     curves["default"] = [evaluate(record, model.policy, lam) for lam in DEFAULT_LAMBDAS]
 
     accuracy = float((record_native(sources, splits, model) == record.labels).float().mean())
@@ -124,7 +128,7 @@ def train_backbone(sources, splits: Splits, path: Path, *, epochs: int, quiet: b
     save_file(model.state_dict(), path)
 
 
-def _train_exits(recipe: str, weights: Path, sources, splits: Splits, folder: Path, seed: int, **config):
+def _train_exits(recipe: str, weights: Path, sources, splits: Splits, folder: Path, seed: int, epochs: int, **config):
     """One training; the model is saved in ``folder``. Returns it with its record of the test digits."""
     set_seed(seed)
     model = JEIDNNForImageClassification.from_backbone_pretrained(
@@ -132,12 +136,11 @@ def _train_exits(recipe: str, weights: Path, sources, splits: Splits, folder: Pa
         head_dim=64, **config,
     )  # fmt: skip
     train, validation, test = (_features(model, sources, splits, r) for r in ("train", "validation", "test"))
-    schedule = {"num_train_epochs": 40, "warmup_epochs": 10, "bi_switch": 40} if recipe == "paper" else {
-        "num_train_epochs": 40, "per_device_train_batch_size": 100
-    }  # fmt: skip
+    paper = {"warmup_epochs": max(1, epochs // 4), "bi_switch": 40}
+    schedule = paper if recipe == "paper" else {"per_device_train_batch_size": 100}
     args = JEIDNNTrainingArguments(
         output_dir=str(folder / "checkpoints"), recipe=recipe, seed=seed, report_to="none", save_strategy="no",
-        disable_tqdm=True, logging_strategy="no", **schedule,
+        disable_tqdm=True, logging_strategy="no", num_train_epochs=epochs, **schedule,
     )  # fmt: skip
     trainer = JEIDNNTrainer(model, args, train, validation)
     with contextlib.redirect_stdout(io.StringIO()):

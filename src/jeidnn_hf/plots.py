@@ -30,7 +30,8 @@ def plot_frontier(
     for i, (name, reports) in enumerate(curves.items()):
         points = sorted((r.normalised_mul_adds, 100 * r.accuracy) for r in reports)
         style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "linestyle": LINES[i % 7]}
-        axes.plot(*zip(*points, strict=True), label=name, markersize=4.5, linewidth=1.4, **style)
+        every = max(1, len(points) // 12)
+        axes.plot(*zip(*points, strict=True), label=name, markersize=4.5, markevery=every, linewidth=1.4, **style)
     axes.axhline(100 * backbone_accuracy, color="0.4", linewidth=1, linestyle=(0, (1, 1)), label="frozen backbone")
     axes.set(xlabel="mean Mul-Adds per image (share of the backbone's)", ylabel="test accuracy (%)", title=title)
     axes.grid(color="0.9")
