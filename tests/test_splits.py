@@ -69,7 +69,7 @@ def test_caps_are_stratified_and_move_no_other_role():
 
 
 def test_split_errors():
-    with pytest.raises(ValueError, match="got 'train', \\['train', 'validation'\\]"):
+    with pytest.raises(ValueError, match="held_out='train', but got \\['train', 'validation'\\]"):
         make_splits("cifar10", {"train": [0], "validation": [0]})
     with pytest.raises(ValueError, match="held_out"):
         make_splits("cifar10", balanced(), held_out="validation")

@@ -29,7 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     costs.add_argument("--recipe", default="paper", help="paper (default) or default")
     costs.set_defaults(run=_costs)
 
-    for command in (demo, costs):
+    convert = commands.add_parser("convert", help="convert a checkpoint of T2T-ViT or of the original JEI-DNN code")
+    convert.add_argument("source", type=Path, help="torch file")
+    convert.add_argument("output_dir", type=Path)
+    convert.add_argument("--backbone", required=True, help="t2t_vit_7 or t2t_vit_14")
+    convert.add_argument("--lam", type=float, help="lambda of a JEI-DNN checkpoint")
+    convert.set_defaults(run=_convert)
+
+    for command in (demo, costs, convert):
         command.add_argument("--json", action="store_true", help="print JSON")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
@@ -50,6 +57,13 @@ def _demo(options: argparse.Namespace) -> None:
     rows = run_demo(options.output_dir, seed=options.seed, quiet=options.json)
     if options.json:
         print(json.dumps(rows, indent=1))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from .convert import convert
+
+    done = convert(options.source, options.output_dir, options.backbone, options.lam)
+    print(json.dumps({"done": done}) if options.json else done)
 
 
 def _costs(options: argparse.Namespace) -> None:

@@ -108,9 +108,9 @@ def make_splits(
     """Gives the images their roles: disjoint, stratified by class, of exact size, row numbers ascending.
 
     Args:
-        labels: class labels ``(N,)`` of the sources "train" and "test"; further sources are left alone.
-        held_out: where validation and calibration come from: "train" as in the paper, or "test" for a backbone that
-            has seen all training images.
+        labels: class labels ``(N,)`` of the sources "train" and "test", and of ``held_out``; others are left alone.
+        held_out: the source of validation and calibration: "train" as in the paper, "test" for a backbone that has
+            seen all training images, or a third one.
         validation, calibration: numbers of images.
         test, train: numbers of images; None for all that are left of the source of that name.
         num_classes: K; default, one more than the largest label.
@@ -120,9 +120,9 @@ def make_splits(
     Raises:
         ValueError: too few images, a label out of range, or a class without an image in validation or train.
     """
-    if held_out not in ("train", "test") or not {"train", "test"} <= set(labels):
-        raise ValueError(f"Expected held_out and labels of 'train' and 'test', but got {held_out!r}, {list(labels)}.")
-    known = {source: np.asarray(labels[source], dtype=np.int64) for source in ("train", "test")}
+    if not {"train", "test", held_out} <= set(labels):
+        raise ValueError(f"Expected labels of 'train', 'test' and held_out={held_out!r}, but got {list(labels)}.")
+    known = {source: np.asarray(labels[source], dtype=np.int64) for source in {"train", "test", held_out}}
     num_classes = num_classes or 1 + max(values.max(initial=-1) for values in known.values())
     for source, values in known.items():
         check_labels(values, num_classes, f"split {source!r} of {dataset}")
@@ -130,7 +130,7 @@ def make_splits(
     sizes = {"validation": validation, "calibration": calibration, "test": test, "train": train}
     roles = {}
     for role, size in sizes.items():
-        source = role if role in left else held_out
+        source = role if role in ("train", "test") else held_out
         rows, size = left[source], len(left[source]) if size is None else size
         if not 0 <= size <= len(rows):
             raise ValueError(f"Expected {role} in [0, {len(rows)}], what is left of {source!r}, but got {size}.")

