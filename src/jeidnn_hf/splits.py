@@ -122,7 +122,7 @@ def make_splits(
     """
     if not {"train", "test", held_out} <= set(labels):
         raise ValueError(f"Expected labels of 'train', 'test' and held_out={held_out!r}, but got {list(labels)}.")
-    known = {source: np.asarray(labels[source], dtype=np.int64) for source in {"train", "test", held_out}}
+    known = {source: np.asarray(labels[source], dtype=np.int64) for source in ("train", "test", held_out)}
     num_classes = num_classes or 1 + max(values.max(initial=-1) for values in known.values())
     for source, values in known.items():
         check_labels(values, num_classes, f"split {source!r} of {dataset}")
