@@ -9,11 +9,11 @@ folder. A run that is already saved is left alone, an interrupted one goes on fr
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 
 import yaml
-from accelerate import PartialState
 from transformers import set_seed
 
 from jeidnn_hf import JEIDNNForImageClassification
@@ -34,7 +34,7 @@ def main() -> None:
     config = yaml.safe_load(options.config.read_text())
     output_dir = options.output_dir or Path(config["output_dir"])
     output_dir.mkdir(parents=True, exist_ok=True)
-    is_main = PartialState().is_main_process
+    is_main = int(os.environ.get("RANK", "0")) == 0  # of the processes that torchrun or accelerate started
 
     data = config["data"]
     sources = load_source(data["dataset"], data_files=data.get("data_files"), data_dir=data.get("data_dir"))
