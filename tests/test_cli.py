@@ -98,12 +98,17 @@ def assert_one_line(capsys, *parts: str) -> None:
         (["--backbone", "resnet20_cifar", "--num-classes", "1"], ["num_labels", "got 1"]),
         (["--backbone", "resnet20_cifar", "--image-size", "0"], ["image_size", "got 0"]),
         (["--backbone", "vit_tiny_patch16_224", "--image-size", "8"], ["image_size", "8 px"]),
-        (["--backbone", "regnetx_002"], ["RegNet"]),
     ],
 )
 def test_an_error_is_one_line_and_status_1(capsys, options, parts):
     assert main(["costs", "--num-classes", "10", *options]) == 1
     assert_one_line(capsys, *parts)
+
+
+def test_a_family_that_cannot_be_cut_is_one_line_too(capsys, monkeypatch):
+    monkeypatch.setattr("jeidnn_hf.backbones.staged._FAMILIES", {})
+    assert main(["costs", "--backbone", "resnet20_cifar", "--num-classes", "10"]) == 1
+    assert_one_line(capsys, "got CifarResNet")
 
 
 def test_an_error_of_several_lines_is_one_line_too(capsys, monkeypatch):

@@ -331,6 +331,14 @@ def test_the_same_weights_in_another_network_change_the_file(source, tmp_path):
     torch.testing.assert_close(caches[1].features, features_of(backbone, images), rtol=1e-5, atol=1e-6)
 
 
+def test_options_that_json_changes_are_the_same_key(source, tmp_path):
+    model = build_model(
+        "vit_tiny_patch16_224", num_classes=CLASSES, img_size=(8, 8), patch_size=2, embed_dim=48, depth=1
+    )
+    images = images_of(source, ROWS, Preprocessing(8, 1.0, "bicubic", (0.5,) * 3, (0.25,) * 3))
+    assert len(cache_features(staged_backbone(model, image_size=8), images, "abc", tmp_path)) == len(ROWS)
+
+
 # ---- interruptions
 
 

@@ -32,7 +32,7 @@ _SAVE_EVERY = 32  # batches between notes of progress
 def cache_key(backbone: StagedBackbone, images: ImageView, split: str, dtype: torch.dtype) -> dict[str, Any]:
     """What decides the numbers in a cache file; ``split`` is the hash of a split role, ``images`` has one view."""
     (view,) = images.views
-    return {
+    key = {
         "network": getattr(backbone.model, "build_options", type(backbone.model).__name__),
         "backbone": fingerprint(backbone.model.state_dict()),
         "exit_stages": list(backbone.exit_stages),
@@ -47,6 +47,7 @@ def cache_key(backbone: StagedBackbone, images: ImageView, split: str, dtype: to
         "dtype": str(dtype).removeprefix("torch."),
         "exit_dims": list(backbone.exit_dims),
     }
+    return json.loads(json.dumps(key, default=str))
 
 
 def cache_features(

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .calibration import fit_temperatures
-from .exits import entropy
+from .exits import exit_distribution, exit_probability, uncertainty_statistics
 from .gates import LearnedGates
 from .heads import GeometricEnsemble
-from .objectives import expected_cost, task_cost, total_cost
+from .objectives import expected_cost, leave_or_go_on_loss, task_cost, total_cost
 
 
 def fit_ensemble(ensemble: GeometricEnsemble, members: Tensor, labels: Tensor, pull: float = 0.3) -> None:
@@ -30,7 +30,6 @@ def fit_ensemble(ensemble: GeometricEnsemble, members: Tensor, labels: Tensor, p
         members: the IMs' own logits ``(N, L, K)``.
         labels: ``(N,)``.
     """
-    ensemble.reset_parameters()
     ensemble.temperature.copy_(fit_temperatures(members, labels))
     log_probs = (members.double() / ensemble.temperature[:, None]).log_softmax(-1)
     identity = torch.eye(members.shape[1], dtype=torch.float64, device=members.device)
@@ -63,7 +62,7 @@ def fit_gates(
     steps: int = 800,
     learning_rate: float = 0.01,
     weight_decay: float = 0.1,
-    exploration: float = 0.03,
+    improving: float = 0.3,
     seed: int = 0,
 ) -> list[float]:
     """Trains gates on fixed answers by the expected cost of Eq. 6, an exact sum over exits, in place.
@@ -75,15 +74,17 @@ def fit_gates(
         lam: one lambda or (low, high).
         kind: task cost, see ``objectives.task_cost``.
         steps: full-batch AdamW steps, at a learning rate that falls to zero on a cosine.
-        exploration: reward at the start, per nat of the entropy of P(G), falling to zero likewise. A gate
-            that is shut for everybody has no gradient left to learn for whom it should open; this keeps it ajar.
+        improving: share of the steps, the first, that minimise ``objectives.leave_or_go_on_loss`` instead: by Eq. 6 a
+            gate that is shut for everybody has no gradient left to learn for whom it should open.
 
     Returns:
-        The loss at every step.
+        The expected cost at every step.
     """
     generator = torch.Generator(device=logits.device).manual_seed(seed)
     low, high = lam if isinstance(lam, Sequence) else (lam, lam)
     task = task_cost(logits, labels, kind)
+    with torch.no_grad():
+        statistics = uncertainty_statistics(logits[:, :-1].softmax(-1))
     optimizer = torch.optim.AdamW(policy.gates.parameters(), lr=learning_rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
@@ -94,12 +95,14 @@ def fit_gates(
             lams = torch.exp(math.log(low) + draw * math.log(high / low))
         scale = torch.as_tensor(1 + lams, dtype=task.dtype, device=task.device)
         cost = total_cost(task, mul_adds, lams) / scale[..., None]
-        distribution = policy.distribution(logits, lams)
-        loss = expected_cost(cost, distribution)
-        reward = exploration * (1 + math.cos(math.pi * step / steps)) / 2
+        gate_logits = policy.gates(statistics, lams)
+        gates = gate_logits.sigmoid()
+        loss = expected = expected_cost(cost, exit_distribution(gates, policy.form))
+        if step < improving * steps:
+            loss = leave_or_go_on_loss(gate_logits, cost, exit_probability(gates, policy.form))
         optimizer.zero_grad()
-        (loss - reward * entropy(distribution).mean()).backward()
+        loss.backward()
         optimizer.step()
         schedule.step()
-        losses.append(loss.detach())
+        losses.append(expected.detach())
     return torch.stack(losses).tolist()

@@ -79,6 +79,24 @@ def gate_loss(gate_logits: Tensor, targets: Tensor, pos_weight: Tensor | None = 
     return losses.sum(-1).mean()
 
 
+def leave_or_go_on_loss(gate_logits: Tensor, cost: Tensor, leave: Tensor) -> Tensor:
+    """One step of policy improvement as L-1 binary tasks: leave here, or go on with the present policy?
+
+    Going on from exit l costs ``V_{l+1}``, with ``V_l = P(E^l) C^l + (1 - P(E^l)) V_{l+1}`` and ``V_L = C^L``. A sample
+    counts ``|V_{l+1} - C^l|``, what the better choice saves. Unlike Eq. 6 it still teaches a gate that is shut.
+
+    Args:
+        leave: P(E^l) of the present policy, ``(B, L)``, taken as given.
+    """
+    leave, value, going_on = leave.detach(), cost[:, -1], []
+    for l in reversed(range(gate_logits.shape[1])):
+        going_on.insert(0, value)
+        value = leave[:, l] * cost[:, l] + (1 - leave[:, l]) * value
+    saved = torch.stack(going_on, dim=1) - cost[:, :-1]
+    losses = F.binary_cross_entropy_with_logits(gate_logits, (saved >= 0).to(cost.dtype), saved.abs(), reduction="none")
+    return losses.sum(-1).mean()
+
+
 def class_imbalance_weights(targets: Tensor, low: float = 0.2, high: float = 5.0, floor: float = 0.1) -> Tensor:
     """Weight of the positives of each gate's task, ``(L-1,)``: ``#zeros / #ones``, clipped to [low, high]; Sec. 4.1.
 
