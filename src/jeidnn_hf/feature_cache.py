@@ -72,6 +72,10 @@ def cache_features(
     Raises:
         ValueError: not enough room on the disk.
     """
+    if dtype not in (torch.float16, torch.float32):
+        raise ValueError(f"Expected dtype float16 or float32, but got {dtype}.")
+    if len(images.views) != 1:
+        raise ValueError(f"Expected images in one view, but got {len(images.views)}; cache each by itself.")
     key = cache_key(backbone, images, split, dtype)
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(folder)
@@ -187,12 +191,14 @@ class FeatureCache:
             with safe_open(path, framework="pt") as file:
                 self.key = json.loads(file.metadata()["key"])
                 self.features, self.labels, self.index = map(file.get_tensor, ("features", "labels", "index"))
+            self.exit_dims = tuple(self.key["exit_dims"])
         except Exception as error:
-            raise ValueError(f"Expected a feature cache at {str(path)!r}, but it cannot be read: {error}") from error
+            raise ValueError(
+                f"Expected a feature cache at {str(path)!r}, but it cannot be read: {error}; remove the file."
+            ) from error
         if key is not None and key != self.key:
             other = sorted(name for name in key if key[name] != self.key.get(name))
             raise ValueError(f"Expected features made with the same {other} in {str(path)!r}; remove the file.")
-        self.exit_dims = tuple(self.key["exit_dims"])
 
     def __len__(self) -> int:
         return len(self.labels)

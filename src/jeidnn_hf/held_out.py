@@ -80,6 +80,8 @@ def fit_gates(
     Returns:
         The expected cost at every step.
     """
+    if logits.shape[1] < 2:
+        raise ValueError(f"Expected at least two exits to choose from, but got {logits.shape[1]}.")
     generator = torch.Generator(device=logits.device).manual_seed(seed)
     low, high = lam if isinstance(lam, Sequence) else (lam, lam)
     task = task_cost(logits, labels, kind)

@@ -58,6 +58,11 @@ class ExitRecord:
                 f"Expected logits (N, L, K) and labels (N,) with N > 0, but got {tuple(self.logits.shape)} and "
                 f"{tuple(self.labels.shape)}."
             )
+        if not 0 <= int(self.labels.min()) <= int(self.labels.max()) < self.logits.shape[2]:
+            raise ValueError(
+                f"Expected labels in 0..{self.logits.shape[2] - 1}, but got {int(self.labels.min())} to "
+                f"{int(self.labels.max())}."
+            )
         if self.logits.shape[1] != len(self.costs.total):
             raise ValueError(f"Expected costs of {self.logits.shape[1]} exits, but got {len(self.costs.total)}.")
         if not torch.isfinite(self.logits).all():

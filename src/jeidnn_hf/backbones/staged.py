@@ -159,16 +159,16 @@ class StagedBackbone(nn.Module):
         with torch.no_grad():
             try:
                 state = self.embed(blank)
+                for l in range(self.num_exits - 1):
+                    state = self.stage(l, state)
+                    feature_map, token = self.feature_map(state)
+                    shapes.append(tuple(feature_map.shape[1:]))
+                last = self.finish(self.stage(self.num_exits - 1, state), pre_logits=not self.native_head)
             except (RuntimeError, AssertionError) as error:
                 raise ValueError(
                     f"Expected an image_size and num_channels that the backbone can take, but got "
                     f"{self.image_size} px, {self.num_channels} channels: {error}"
                 ) from error
-            for l in range(self.num_exits - 1):
-                state = self.stage(l, state)
-                feature_map, token = self.feature_map(state)
-                shapes.append(tuple(feature_map.shape[1:]))
-            last = self.finish(self.stage(self.num_exits - 1, state), pre_logits=not self.native_head)
         return tuple(shapes), token is not None, last.shape[1]
 
     def _check_pooling(self, pooling: str | Sequence) -> tuple[tuple[str, ...], ...]:
@@ -226,9 +226,13 @@ def register_family(*model_classes: type):
 
 
 def staged_backbone(model: nn.Module, **options) -> StagedBackbone:
-    """Cuts a timm model at its exits; ``options`` as of ``StagedBackbone``."""
+    """Cuts a timm model at its exits, by the view of its family or else by tracing; ``options``: `StagedBackbone`'s."""
     for cls in type(model).__mro__:
         if cls in _FAMILIES:
             return _FAMILIES[cls](model, **options)
+    if hasattr(model, "forward_features"):
+        from .timm_generic import TracedBackbone
+
+        return TracedBackbone(model, **options)
     known = sorted(cls.__name__ for cls in _FAMILIES)
     raise ValueError(f"Expected a backbone of one of the classes {known}, but got {type(model).__name__}.")
