@@ -105,12 +105,6 @@ def test_an_error_is_one_line_and_status_1(capsys, options, parts):
     assert_one_line(capsys, *parts)
 
 
-def test_a_family_that_cannot_be_cut_is_one_line_too(capsys, monkeypatch):
-    monkeypatch.setattr("jeidnn_hf.backbones.staged._FAMILIES", {})
-    assert main(["costs", "--backbone", "resnet20_cifar", "--num-classes", "10"]) == 1
-    assert_one_line(capsys, "got CifarResNet")
-
-
 def test_an_error_of_several_lines_is_one_line_too(capsys, monkeypatch):
     def fails(**_):
         raise OSError("Expected a\n  connection\n")

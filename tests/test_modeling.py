@@ -512,7 +512,6 @@ def test_train_mode_is_for_the_exits_only():
     ("options", "message"),
     [
         ({"backbone": "test_vitt"}, "^Expected the name of a timm model, but got 'test_vitt'"),
-        ({"backbone": "test_mambaout"}, r"^Expected a backbone of one of the classes \[.*\], but got MambaOut\.$"),
         ({"exit_stages": [0, 1]}, r"^Expected exit_stages to be a list of rising .*, but got \[0, 1\]\.$"),
         ({"exit_pooling": ["avg4"]}, r"^Expected grids that fit the 2 x 2 map of exit 1, but got .*\.$"),
         ({"image_size": 33}, "^Expected an image_size and num_channels that the backbone can take, but got 33 px"),

@@ -36,7 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     convert.add_argument("--lam", type=float, help="lambda of a JEI-DNN checkpoint")
     convert.set_defaults(run=_convert)
 
-    for command in (demo, costs, convert):
+    backbones = commands.add_parser("backbones", help="list which of timm's networks can be cut at their exits")
+    backbones.add_argument("--module", nargs="+", help="only these modules of timm; trying all takes minutes")
+    backbones.set_defaults(run=_backbones)
+
+    for command in (demo, costs, convert, backbones):
         command.add_argument("--json", action="store_true", help="print JSON")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
@@ -83,6 +87,23 @@ def _costs(options: argparse.Namespace) -> None:
     for l, row in enumerate(zip(*columns.values(), strict=True), start=1):
         backbone, pooling, heads, gates, total, share = row
         print(f"{l:>4} {backbone:>15,} {pooling:>12,} {heads:>12,} {gates:>10,} {total:>15,} {share:>7.4f}")
+
+
+def _backbones(options: argparse.Namespace) -> None:
+    import dataclasses
+
+    from .backbones.survey import survey
+
+    rows = []
+    for row in survey(options.module):
+        rows.append(row)
+        if not options.json:
+            what = row.reason or row.view
+            print(f"{row.module:<24} {row.model:<40} {row.kind:<8} {row.exits:>3}  {what}", flush=True)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+    else:
+        print(f"{sum(row.exits > 0 for row in rows)} of {len(rows)} can be cut at their exits.")
 
 
 if __name__ == "__main__":

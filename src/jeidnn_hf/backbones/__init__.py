@@ -1,6 +1,6 @@
 """Frozen networks cut at their exits. A new family is one file and one registration."""
 
-from . import resnet_cifar, t2t_vit, timm_families
+from . import resnet_cifar, t2t_vit, timm_families, timm_generic
 from .loading import build_model, fingerprint, pretrained_cfg
 from .staged import StagedBackbone, select, staged_backbone
 
@@ -14,4 +14,5 @@ __all__ = [
     "staged_backbone",
     "t2t_vit",
     "timm_families",
+    "timm_generic",
 ]

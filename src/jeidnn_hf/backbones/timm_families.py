@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
+from math import prod
 
 import torch
 from timm.models.beit import Beit
@@ -17,6 +18,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.efficientformer_v2 import EfficientFormerV2
 from timm.models.efficientnet import EfficientNet
 from timm.models.eva import Eva
+from timm.models.hiera import Hiera
 from timm.models.mobilenetv3 import MobileNetV3
 from timm.models.regnet import RegNet
 from timm.models.repvit import RepVit
@@ -91,6 +93,30 @@ class BeitBackbone(VisionTransformerBackbone):
     def block(self, i: int, state: Tensor) -> Tensor:
         bias = self.model.rel_pos_bias
         return self.model.blocks[i](state, shared_rel_pos_bias=None if bias is None else bias())
+
+
+@register_family(Hiera)
+class HieraBackbone(StagedBackbone):
+    """Hiera; the state is the tokens ``(B, N, C)`` in an order of its own, which an exit's map has undone."""
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.model.blocks)
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        model = self.model
+        return model.unroll(model._pos_embed(model.patch_embed(pixel_values)))
+
+    def block(self, i: int, state: Tensor) -> Tensor:
+        return self.model.blocks[i](state)
+
+    def feature_map(self, state: Tensor) -> tuple[Tensor, None]:
+        schedule = self.model.reroll.schedule
+        same_size = next(i for i, (_, size) in schedule.items() if prod(size) == state.shape[1])
+        return self.model.reroll(state, same_size).permute(0, 3, 1, 2), None
+
+    def finish(self, state: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.model.forward_head(state, pre_logits=pre_logits)
 
 
 class ChainBackbone(StagedBackbone):
