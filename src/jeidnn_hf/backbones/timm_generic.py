@@ -125,16 +125,18 @@ class TracedBackbone(StagedBackbone):
             full.append(state[0].clone())
             if i in {0, last // 2, last - 1}:
                 few[i] = select(state, kept)
-        logits = self.finish(state)
+        logits = self.finish(state, pre_logits=not self.native_head)
         if self.native_head and not _same(logits, self.model(images)):
             raise _refusal(self.model, "its pieces together give other logits than the whole")
         for i, state in few.items():
+            same = []
             for j in range(i + 1, last + 1):
                 state = self.block(j, state)
-                same = _same(state[0], full[j][kept], spread_of=full[j])
-                if not same or (j == last and not _same(self.finish(state), logits[kept], spread_of=logits)):
-                    name = self.exit_modules[i]
-                    raise _refusal(self.model, f"what stays behind {name!r} changes when other samples leave")
+                same.append(_same(state[0], full[j][kept], spread_of=full[j]))
+            same.append(_same(self.finish(state, pre_logits=not self.native_head), logits[kept], spread_of=logits))
+            if not all(same):
+                name = self.exit_modules[i]
+                raise _refusal(self.model, f"what stays behind {name!r} changes when other samples leave")
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_pieces"}  # compiled code: made again

@@ -110,7 +110,7 @@ def _cut(name: str, feature: fx.Node, alive: list[fx.Node]) -> Cut:
         if factor is None:
             value = node.meta["values"][0]
             what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"the value {value}"
-            raise ValueError(f"what follows {name!r} reads {what} ({node.name}), which has no rows for single samples")
+            raise ValueError(f"what follows {name!r} reads {what} ({node.name}) without rows for single samples")
         (tensors if isinstance(node.meta["values"][0], Tensor) else sizes).setdefault(node, factor)
     return Cut(name, tensors, sizes)
 
