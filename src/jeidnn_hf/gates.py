@@ -65,6 +65,11 @@ class ExitPolicy(nn.Module):
         return 0
 
 
+def statistics_mul_adds(num_labels: int) -> int:
+    """9 K + 1: maximum K, margin K + 1, entropies 2 K and 5 K."""
+    return 9 * num_labels + 1
+
+
 class LinearGates(nn.Module):
     """The paper's gates: exit l has its own linear layer on the four statistics, g^l = sigmoid(w_l . m + b_l)."""
 
@@ -85,8 +90,8 @@ class LinearGates(nn.Module):
         return (statistics * self.weight[exits]).sum(-1) + self.bias[exits]
 
     def mul_adds(self, num_labels: int) -> int:
-        """9 K + 6: the statistics (K maximum, K + 1 margin, 2 K and 5 K entropies) and 5 for the linear layer."""
-        return 9 * num_labels + 6
+        """9 K + 6: the statistics, and 5 for the linear layer."""
+        return statistics_mul_adds(num_labels) + 5
 
 
 class SharedGates(nn.Module):
@@ -135,7 +140,7 @@ class SharedGates(nn.Module):
     def mul_adds(self, num_labels: int) -> int:
         layers = [m for m in self.layers if isinstance(m, nn.Linear)]
         biases = sum(m.out_features for m in layers if m.bias is not None) + 1
-        return 9 * num_labels + 1 + sum(m.weight.numel() for m in layers) + biases
+        return statistics_mul_adds(num_labels) + sum(m.weight.numel() for m in layers) + biases
 
 
 GATES = {"linear": LinearGates, "shared": SharedGates}

@@ -109,8 +109,15 @@ class JEIDNNTrainer(Trainer):
     @property
     def phase(self) -> Phase:
         """The phase of the coming optimizer step."""
-        warmup_steps = round(self.args.warmup_epochs * self._steps_per_epoch)
-        return phase_at(self.state.global_step, warmup_steps, self.args.bi_switch)
+        return self._phase_of(self.state.global_step)
+
+    @property
+    def last_phase(self) -> Phase:
+        """The phase of the optimizer step just taken."""
+        return self._phase_of(self.state.global_step - 1)
+
+    def _phase_of(self, step: int) -> Phase:
+        return phase_at(step, round(self.args.warmup_epochs * self._steps_per_epoch), self.args.bi_switch)
 
     @property
     def _steps_per_epoch(self) -> int:
@@ -284,15 +291,12 @@ class JEIDNNTrainer(Trainer):
                     f"Expected a finite loss, but got {logs['loss']} by step {self.state.global_step}; "
                     "check the features for NaN and the learning rate."
                 )
-            logs["phase"] = int(phase_at(self.state.global_step - 1, *self._phase_args()))
+            logs["phase"] = int(self.last_phase)
         super().log(logs, start_time)
-
-    def _phase_args(self) -> tuple[int, int]:
-        return round(self.args.warmup_epochs * self._steps_per_epoch), self.args.bi_switch
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         """The best state is looked for once there are trained gates to realise a cost."""
-        if self.args.gates_on == "train" and phase_at(self.state.global_step - 1, *self._phase_args()) is Phase.WARMUP:
+        if self.args.gates_on == "train" and self.last_phase is Phase.WARMUP:
             return False
         return super()._determine_best_metric(metrics, trial)
 
@@ -336,7 +340,7 @@ class _PatientAfterWarmup(EarlyStoppingCallback):
         self._trainer = trainer
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        if phase_at(state.global_step - 1, *self._trainer._phase_args()) is not Phase.WARMUP:
+        if self._trainer.last_phase is not Phase.WARMUP:
             super().on_evaluate(args, state, control, metrics, **kwargs)
 
 
