@@ -153,6 +153,16 @@ class JEIDNNConfig(PreTrainedConfig):
             self.current_lam = math.sqrt(self.lam[0] * self.lam[1]) if self.has_lam_range else self.lam
         self.check_lam_in_range(self.current_lam)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> JEIDNNConfig:
+        """As in transformers; labels given anew, by their number or their names, replace those of the dict."""
+        labels = {key: kwargs[key] for key in ("id2label", "label2id") if key in kwargs}
+        if labels.get("id2label"):
+            labels.setdefault("label2id", {name: i for i, name in labels["id2label"].items()})
+        if not labels and kwargs.get("num_labels") not in (None, len(config_dict.get("id2label") or ())):
+            labels = {"id2label": None, "label2id": None}
+        return super().from_dict(config_dict | labels, **kwargs)
+
     @property
     def has_classes(self) -> bool:
         """Whether a label is one class."""

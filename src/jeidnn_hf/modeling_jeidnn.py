@@ -23,7 +23,9 @@ from .objectives import PROBLEM_COSTS, expected_cost, task_cost, total_cost
 
 logger = logging.get_logger(__name__)
 
-_DECIDE_COSTS = {"backbone", "backbone_kwargs", "image_size", "num_channels", "exit_stages", "native_head"}
+_DECIDE_COSTS = {
+    "backbone", "backbone_kwargs", "image_size", "num_channels", "exit_stages", "native_head", "num_labels", "id2label",
+}  # fmt: skip
 
 
 @dataclass
@@ -31,7 +33,8 @@ class JEIDNNOutput(ModelOutput):
     """What `JEIDNNForImageClassification` answers, rows in input order.
 
     Args:
-        loss: a scalar, the expected cost of Eq. 6, when labels are given; with cross-entropy, or as `problem_type` says.
+        loss: a scalar, the expected cost of Eq. 6, when labels are given: with cross-entropy, unless `problem_type`
+            says otherwise.
         logits (`(B, K)`): of the exit taken.
         exit_index (`(B,)`): the exit taken, 0..L-1.
         all_logits (`(B, L, K)`): of every exit, when every exit was evaluated; likewise the next two.
@@ -49,6 +52,10 @@ class JEIDNNOutput(ModelOutput):
     exit_distribution: Tensor | None = None
     mul_adds: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+
+
+class MismatchedShapes(ValueError, RuntimeError):
+    """A ValueError, as all of ours, that is also the RuntimeError of transformers, for code that expects that."""
 
 
 class JEIDNNForImageClassification(PreTrainedModel):
@@ -102,10 +109,8 @@ class JEIDNNForImageClassification(PreTrainedModel):
         with torch.device("cpu"):
             costs = exit_costs(self.backbone, self.heads, self.policy, config.num_labels, known)
         config.mul_adds = costs.to_dict()
-        with torch.device("cpu"):
-            self.register_buffer("exit_mul_adds", torch.tensor(costs.total), persistent=False)
-            normalised = self.exit_mul_adds.float() / costs.backbone[-1]
-            self.register_buffer("normalised_mul_adds", normalised, persistent=False)
+        for name, value in self._cost_buffers().items():
+            self.register_buffer(name, value, persistent=False)
         for module in self.backbone.modules():
             module._is_hf_initialized = True  # timm initialised it; transformers must not
         self._choose_what_is_stored()
@@ -158,11 +163,15 @@ class JEIDNNForImageClassification(PreTrainedModel):
                 f"Expected complete weights in {str(pretrained_model_name_or_path)!r}, but got a broken file "
                 f"({error}); fetch it again."
             ) from error
-        if info["mismatched_keys"] and not takes_other_shapes:
-            key, found, expected = min(info["mismatched_keys"])
-            raise ValueError(
+        for key, found, expected in sorted(info["mismatched_keys"]):
+            if takes_other_shapes and not key.startswith("backbone."):
+                continue
+            way_out = "ignore_mismatched_sizes=True starts such tensors afresh"
+            if key.startswith("backbone."):
+                way_out = "the frozen backbone never starts afresh, so train a new model, with native_head=False"
+            raise MismatchedShapes(
                 f"Expected {key} of shape {tuple(expected)} in {str(pretrained_model_name_or_path)!r}, but got "
-                f"{tuple(found)}; ignore_mismatched_sizes=True starts such tensors afresh."
+                f"{tuple(found)}; {way_out}."
             )
         wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys") if info[key]}
         if wrong:
@@ -267,8 +276,8 @@ class JEIDNNForImageClassification(PreTrainedModel):
         exit_index, distribution, gate_values = self.policy(logits, lam)
         loss = None
         if labels is not None:
-            cost = total_cost(task_cost(logits, labels, PROBLEM_COSTS[self.config.problem_type]), self.normalised_mul_adds, lam)
-            loss = expected_cost(cost, distribution)
+            task = task_cost(logits, labels, PROBLEM_COSTS[self.config.problem_type])
+            loss = expected_cost(total_cost(task, self.normalised_mul_adds, lam), distribution)
             _check_numbers("the loss", loss)
         return JEIDNNOutput(
             loss=loss,
@@ -335,9 +344,17 @@ class JEIDNNForImageClassification(PreTrainedModel):
         self._keys_to_ignore_on_save = frozen if rebuildable else set()
         self._keys_to_ignore_on_load_missing = [r"^backbone\."] if rebuildable else []
 
+    def _cost_buffers(self) -> dict[str, Tensor]:
+        with torch.device("cpu"):
+            total = torch.tensor(self.costs.total)
+        return {"exit_mul_adds": total, "normalised_mul_adds": total.float() / self.costs.backbone[-1]}
+
     def _init_weights(self, module: nn.Module) -> None:
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
+        if module is self:
+            for name, value in self._cost_buffers().items():
+                getattr(self, name).copy_(value)
 
     def _move_missing_keys_from_meta_to_device(self, *args, **kwargs) -> None:
         """transformers replaces non-persistent buffers by uninitialised memory on loading; ours hold real values."""
