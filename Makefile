@@ -13,11 +13,11 @@ OMP_NUM_THREADS ?= 1
 PYTEST_ARGS     ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test demo lint clean
+.PHONY: help venv test test-common demo lint clean
 
 help: ## print this list
-	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /\1|/' | \
-		while IFS='|' read -r target text; do printf '  make %-6s %s\n' "$$target" "$$text"; done
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
+		while IFS='|' read -r target text; do printf '  make %-11s %s\n' "$$target" "$$text"; done
 	@echo "  e.g. make test JOBS=0 PYTEST_ARGS='tests/test_exits.py -x'"
 
 venv: $(STAMP) ## make the virtual environment and install the package in it, once
@@ -37,6 +37,13 @@ $(STAMP): setup.py
 test: venv ## run the test suite, offline
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_VERBOSITY=error OMP_NUM_THREADS=$(OMP_NUM_THREADS) \
 		$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+test-common: venv ## run transformers' own common model tests, which it downloads
+	$(VENV)/bin/python -m pip install -q 'parameterized>=0.9,<1'
+	$(VENV)/bin/python tests/common/fetch.py build
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$(OMP_NUM_THREADS) PYTHONPATH=build \
+		$(VENV)/bin/python -m pytest -o addopts=--import-mode=importlib -W ignore::pytest.PytestUnknownMarkWarning \
+		-q -rfs $(PYTEST_ARGS) tests/common/suite.py
 
 demo: venv ## train, evaluate and plot a small early-exit network; writes demo_output/
 	$(VENV)/bin/jeidnn demo --output_dir demo_output

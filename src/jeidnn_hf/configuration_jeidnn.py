@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from .exits import EXIT_RULES, GATE_FORMS
 from .heads import HEADS
-from .objectives import TASK_COSTS
+from .objectives import PROBLEM_COSTS, TASK_COSTS
 
 FORMAT_VERSION = 1
 
@@ -68,6 +68,10 @@ class JEIDNNConfig(PreTrainedConfig):
             one checkpoint serve every lambda in it.
         current_lam (`float`, *optional*): the lambda in use; default: lam, or the middle of the range in logarithm.
         mul_adds (`dict`, *optional*): the cost table; measured when None.
+        problem_type (`str`, *optional*): what the model's loss takes labels for: a class (None or
+            `single_label_classification`), a probability per class (`multi_label_classification`) or K numbers
+            (`regression`). The gates read the softmax of the logits in any case; at K = 1 it tells them nothing.
+            `JEIDNNTrainer` and records are for classes; transformers' own Trainer minimises any loss.
     """
 
     model_type = "jeidnn"
@@ -121,8 +125,15 @@ class JEIDNNConfig(PreTrainedConfig):
         """A ValueError where a field is out of range; again when a model is built, as fields can be set since."""
         if self.backbone_weights is not None:
             self.backbone_weights = str(self.backbone_weights)
-        if not isinstance(self.num_labels, int) or self.num_labels < 2:
-            raise ValueError(f"Expected num_labels of at least 2, but got {self.num_labels!r}.")
+        _check_one_of("problem_type", self.problem_type, PROBLEM_COSTS)
+        least = 2 if self.problem_type is None else 1
+        if not isinstance(self.num_labels, int) or self.num_labels < least:
+            raise ValueError(f"Expected num_labels of at least {least}, but got {self.num_labels!r}.")
+        if self.ensemble and not self.has_classes:
+            raise ValueError(
+                f"Expected ensemble=False for problem_type={self.problem_type!r}, but got ensemble={self.ensemble!r}; "
+                "it combines log-probabilities of classes."
+            )
         _check_one_of("exit_head", self.exit_head, HEADS)
         _check_one_of("gate", self.gate, ("linear", "shared"))
         _check_one_of("gate_form", self.gate_form, GATE_FORMS)
@@ -141,6 +152,21 @@ class JEIDNNConfig(PreTrainedConfig):
         if self.current_lam is None:
             self.current_lam = math.sqrt(self.lam[0] * self.lam[1]) if self.has_lam_range else self.lam
         self.check_lam_in_range(self.current_lam)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> JEIDNNConfig:
+        """As in transformers; labels given anew, by their number or their names, replace those of the dict."""
+        labels = {key: kwargs[key] for key in ("id2label", "label2id") if key in kwargs}
+        if labels.get("id2label"):
+            labels.setdefault("label2id", {name: i for i, name in labels["id2label"].items()})
+        if not labels and kwargs.get("num_labels") not in (None, len(config_dict.get("id2label") or ())):
+            labels = {"id2label": None, "label2id": None}
+        return super().from_dict(config_dict | labels, **kwargs)
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether a label is one class."""
+        return PROBLEM_COSTS[self.problem_type] == "cross_entropy"
 
     @property
     def has_lam_range(self) -> bool:

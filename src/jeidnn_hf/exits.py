@@ -22,15 +22,15 @@ def uncertainty_statistics(probs: Tensor) -> Tensor:
     """The gate's input m(x) of App. 9.9: ``[max p, H(p), H(p^2 / sum p^2), p_(1) - p_(2)]``, entropies in nats.
 
     Args:
-        probs: class probabilities ``(..., K)``, K >= 2.
+        probs: class probabilities ``(..., K)``. A single class has a runner-up of probability 0.
 
     Returns:
         ``(..., 4)``, in the order of ``STATISTICS``. Differentiable, also where a probability underflows to 0.
     """
     sharpened = probs.square()
     sharpened = sharpened / sharpened.sum(-1, keepdim=True)
-    top = probs.topk(2, dim=-1).values
-    return torch.stack([top[..., 0], entropy(probs), entropy(sharpened), top[..., 0] - top[..., 1]], dim=-1)
+    top, *runner_up = probs.topk(min(2, probs.shape[-1]), dim=-1).values.unbind(-1)
+    return torch.stack([top, entropy(probs), entropy(sharpened), top - sum(runner_up)], dim=-1)
 
 
 def entropy(probs: Tensor) -> Tensor:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,14 @@ from .exits import (
 )
 
 Lambda = float | Tensor | None
+
+
+class Decision(NamedTuple):
+    """The exit taken ``(B,)`` in 0..L-1; P(G=l) ``(B, L)``; g^l ``(B, L-1)``, None for a policy without gates."""
+
+    exit_index: Tensor
+    distribution: Tensor
+    gate_values: Tensor | None
 
 
 class ExitPolicy(nn.Module):
@@ -59,6 +67,10 @@ class ExitPolicy(nn.Module):
     def distribution(self, logits: Tensor, lam: Lambda = None) -> Tensor:
         """P(G=l), ``(B, L)``; one-hot for a policy that decides without chance."""
         return nn.functional.one_hot(self.decide(logits, lam), self.num_exits).to(logits.dtype)
+
+    def forward(self, logits: Tensor, lam: Lambda = None) -> Decision:
+        """``decide``, ``distribution`` and ``gate_values`` of the same logits ``(B, L, K)``."""
+        return Decision(self.decide(logits, lam), self.distribution(logits, lam), self.gate_values(logits, lam))
 
     def mul_adds(self, num_labels: int) -> int:
         """Mul-Adds of one decision."""
@@ -113,7 +125,7 @@ class SharedGates(nn.Module):
         first, second = nn.Linear(len(STATISTICS) + embedding + 1, width), nn.Linear(width, width)
         self.layers = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(width, 1, bias=False))
         self.bias = nn.Parameter(torch.empty(num_gates))
-        self.entropy_scale = 1 / math.log(num_labels)
+        self.entropy_scale = 1 / math.log(max(num_labels, 2))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -191,15 +203,21 @@ class LearnedGates(ExitPolicy):
         return exit_distribution(self.gate_values(logits, lam), self.form)
 
     def decide(self, logits: Tensor, lam: Lambda = None) -> Tensor:
+        return self._first_open(self.gate_values(logits, lam))
+
+    def forward(self, logits: Tensor, lam: Lambda = None) -> Decision:
         gates = self.gate_values(logits, lam)
+        return Decision(self._first_open(gates), exit_distribution(gates, self.form), gates)
+
+    def _first_open(self, gates: Tensor) -> Tensor:
         if self.rule == "conditional":
             return exit_decision(exit_probability(gates, self.form), self.threshold)
-        draw = self._draw(logits[:, 0])
+        draw = self._draw(gates)
         threshold = self.threshold if draw is None else draw[:, None]
         return exit_decision(exited_probability(gates, self.form), threshold)
 
     def mul_adds(self, num_labels: int) -> int:
         return self.gates.mul_adds(num_labels)
 
-    def _draw(self, logits: Tensor) -> Tensor | None:
-        return torch.rand_like(logits[:, 0]) if self.rule == "sample" else None
+    def _draw(self, like: Tensor) -> Tensor | None:
+        return torch.rand(len(like), dtype=like.dtype, device=like.device) if self.rule == "sample" else None

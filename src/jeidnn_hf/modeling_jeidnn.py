@@ -19,11 +19,13 @@ from .configuration_jeidnn import JEIDNNConfig
 from .costs import ExitCosts, exit_costs
 from .gates import GATES, LearnedGates
 from .heads import ExitHeads
-from .objectives import expected_cost, task_cost, total_cost
+from .objectives import PROBLEM_COSTS, expected_cost, task_cost, total_cost
 
 logger = logging.get_logger(__name__)
 
-_DECIDE_COSTS = {"backbone", "backbone_kwargs", "image_size", "num_channels", "exit_stages", "native_head"}
+_DECIDE_COSTS = {
+    "backbone", "backbone_kwargs", "image_size", "num_channels", "exit_stages", "native_head", "num_labels", "id2label",
+}  # fmt: skip
 
 
 @dataclass
@@ -31,13 +33,15 @@ class JEIDNNOutput(ModelOutput):
     """What `JEIDNNForImageClassification` answers, rows in input order.
 
     Args:
-        loss: a scalar, the expected cost of Eq. 6 with cross-entropy, when labels are given.
+        loss: a scalar, the expected cost of Eq. 6, when labels are given: with cross-entropy, unless `problem_type`
+            says otherwise.
         logits (`(B, K)`): of the exit taken.
         exit_index (`(B,)`): the exit taken, 0..L-1.
         all_logits (`(B, L, K)`): of every exit, when every exit was evaluated; likewise the next two.
         gate_values (`(B, L-1)`): g^l.
         exit_distribution (`(B, L)`): P(G=l).
         mul_adds (`(B,)`): what the sample cost, in Mul-Adds.
+        hidden_states: on request and from pixels, the L + 1 states before the first exit and at every exit.
     """
 
     loss: Tensor | None = None
@@ -47,6 +51,11 @@ class JEIDNNOutput(ModelOutput):
     gate_values: Tensor | None = None
     exit_distribution: Tensor | None = None
     mul_adds: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class MismatchedShapes(ValueError, RuntimeError):
+    """A ValueError, as all of ours, that is also the RuntimeError of transformers, for code that expects that."""
 
 
 class JEIDNNForImageClassification(PreTrainedModel):
@@ -54,6 +63,9 @@ class JEIDNNForImageClassification(PreTrainedModel):
 
     Without labels the network stops for each image at the first exit whose gate is open. With labels, or with
     `output_all_exits=True`, every exit is evaluated. The choice of exit is the same.
+
+    Buffers: exit_mul_adds, what each exit costs in Mul-Adds, and normalised_mul_adds, IC^l, as a share of the
+    backbone's; both ``(L,)``.
     """
 
     config_class = JEIDNNConfig
@@ -97,8 +109,8 @@ class JEIDNNForImageClassification(PreTrainedModel):
         with torch.device("cpu"):
             costs = exit_costs(self.backbone, self.heads, self.policy, config.num_labels, known)
         config.mul_adds = costs.to_dict()
-        with torch.device("cpu"):
-            self.register_buffer("exit_mul_adds", torch.tensor(self.costs.total), persistent=False)
+        for name, value in self._cost_buffers().items():
+            self.register_buffer(name, value, persistent=False)
         for module in self.backbone.modules():
             module._is_hf_initialized = True  # timm initialised it; transformers must not
         self._choose_what_is_stored()
@@ -151,11 +163,15 @@ class JEIDNNForImageClassification(PreTrainedModel):
                 f"Expected complete weights in {str(pretrained_model_name_or_path)!r}, but got a broken file "
                 f"({error}); fetch it again."
             ) from error
-        if info["mismatched_keys"] and not takes_other_shapes:
-            key, found, expected = min(info["mismatched_keys"])
-            raise ValueError(
+        for key, found, expected in sorted(info["mismatched_keys"]):
+            if takes_other_shapes and not key.startswith("backbone."):
+                continue
+            way_out = "ignore_mismatched_sizes=True starts such tensors afresh"
+            if key.startswith("backbone."):
+                way_out = "the frozen backbone never starts afresh, so train a new model, with native_head=False"
+            raise MismatchedShapes(
                 f"Expected {key} of shape {tuple(expected)} in {str(pretrained_model_name_or_path)!r}, but got "
-                f"{tuple(found)}; ignore_mismatched_sizes=True starts such tensors afresh."
+                f"{tuple(found)}; {way_out}."
             )
         wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys") if info[key]}
         if wrong:
@@ -187,11 +203,6 @@ class JEIDNNForImageClassification(PreTrainedModel):
         """The cost table: cumulative Mul-Adds per exit."""
         return ExitCosts.from_dict(self.config.mul_adds)
 
-    @property
-    def normalised_mul_adds(self) -> Tensor:
-        """IC^l as a share of the backbone's, ``(L,)`` float32."""
-        return self.exit_mul_adds.float() / self.costs.backbone[-1]
-
     def set_lambda(self, lam: float) -> None:
         """The lambda in use from now on; within the trained range, else a ValueError. It is saved with the model."""
         self.config.current_lam = self.config.check_lam_in_range(lam)
@@ -208,6 +219,7 @@ class JEIDNNForImageClassification(PreTrainedModel):
         labels: Tensor | None = None,
         lam: float | Tensor | None = None,
         output_all_exits: bool | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         objective: Callable[..., Tensor] | None = None,
     ) -> JEIDNNOutput | tuple | Tensor:
@@ -217,10 +229,12 @@ class JEIDNNForImageClassification(PreTrainedModel):
             pixel_values: ``(B, C, S, S)``, normalised as the backbone expects.
             exit_features: instead of pixels, the features of every exit, ``(B, d_l)`` each or side by side in one
                 ``(B, sum_l d_l)``, as they come from a feature cache.
-            labels: ``(B,)`` in 0..K-1; evaluates every exit and gives the loss.
+            labels: ``(B,)`` in 0..K-1; evaluates every exit and gives the loss. For several labels or a regression,
+                numbers ``(B, K)``, in [0, 1] for the former.
             lam: lambda for this call, a number or ``(B,)``, within the trained range; default ``config.current_lam``.
             output_all_exits: evaluate every exit although the exit taken is earlier.
-            return_dict: False for a plain tuple.
+            output_hidden_states: likewise, and give the states on the way; default ``config.output_hidden_states``.
+            return_dict: False for a plain tuple; default ``config.return_dict``.
             objective: for trainers: answer with ``objective(self, features, labels)`` instead, a loss computed inside
                 forward, where data parallel wrappers see it. Inputs are not checked.
 
@@ -242,29 +256,35 @@ class JEIDNNForImageClassification(PreTrainedModel):
         lam = self._check_lam(lam, batch, inputs[0].device)
         if labels is not None:
             labels = self._check_labels(labels, batch)
-        if exit_features is None and labels is None and not output_all_exits:
-            output = self._early_exit(pixel_values, lam)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if exit_features is not None:
+            output = self._all_exits(inputs, labels, lam)
+        elif output_hidden_states:
+            states = list(self.backbone.states(pixel_values))
+            output = self._all_exits(self.backbone.features(states), labels, lam)
+            output["hidden_states"] = tuple(map(self.backbone.hidden_state, states))
+        elif labels is not None or output_all_exits:
+            output = self._all_exits(self.backbone(pixel_values), labels, lam)
         else:
-            features = inputs if exit_features is not None else self.backbone(pixel_values)
-            output = self._all_exits(features, labels, lam)
+            output = self._early_exit(pixel_values, lam)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
     def _all_exits(self, features: Sequence[Tensor], labels: Tensor | None, lam: float | Tensor) -> JEIDNNOutput:
         logits = self.heads(features)
-        exit_index = self.policy.decide(logits, lam)
-        distribution = self.policy.distribution(logits, lam)
+        exit_index, distribution, gate_values = self.policy(logits, lam)
         loss = None
         if labels is not None:
-            cost = total_cost(task_cost(logits, labels), self.normalised_mul_adds, lam)
-            loss = expected_cost(cost, distribution)
+            task = task_cost(logits, labels, PROBLEM_COSTS[self.config.problem_type])
+            loss = expected_cost(total_cost(task, self.normalised_mul_adds, lam), distribution)
             _check_numbers("the loss", loss)
         return JEIDNNOutput(
             loss=loss,
             logits=logits[torch.arange(len(logits), device=logits.device), exit_index],
             exit_index=exit_index,
             all_logits=logits,
-            gate_values=self.policy.gate_values(logits, lam),
+            gate_values=gate_values,
             exit_distribution=distribution,
             mul_adds=self.exit_mul_adds[exit_index],
         )
@@ -324,9 +344,17 @@ class JEIDNNForImageClassification(PreTrainedModel):
         self._keys_to_ignore_on_save = frozen if rebuildable else set()
         self._keys_to_ignore_on_load_missing = [r"^backbone\."] if rebuildable else []
 
+    def _cost_buffers(self) -> dict[str, Tensor]:
+        with torch.device("cpu"):
+            total = torch.tensor(self.costs.total)
+        return {"exit_mul_adds": total, "normalised_mul_adds": total.float() / self.costs.backbone[-1]}
+
     def _init_weights(self, module: nn.Module) -> None:
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
+        if module is self:
+            for name, value in self._cost_buffers().items():
+                getattr(self, name).copy_(value)
 
     def _move_missing_keys_from_meta_to_device(self, *args, **kwargs) -> None:
         """transformers replaces non-persistent buffers by uninitialised memory on loading; ours hold real values."""
@@ -348,14 +376,20 @@ class JEIDNNForImageClassification(PreTrainedModel):
         return lam.to(device).expand(batch)
 
     def _check_labels(self, labels: Tensor, batch: int) -> Tensor:
-        is_tensor = isinstance(labels, Tensor)
-        if not is_tensor or labels.shape != (batch,) or labels.is_floating_point():
+        config, is_tensor = self.config, isinstance(labels, Tensor)
+        kind, shape = ("integer", (batch,)) if config.has_classes else ("floating-point", (batch, config.num_labels))
+        if is_tensor and shape == (batch, 1) and labels.dim() == 1:
+            labels = labels[:, None]
+        if not is_tensor or labels.shape != shape or labels.is_floating_point() == config.has_classes:
             got = f"{labels.dtype} {tuple(labels.shape)}" if is_tensor else type(labels).__name__
-            raise ValueError(f"Expected integer labels of shape ({batch},), but got {got}.")
-        wrong = labels[(labels < 0) | (labels >= self.config.num_labels)]
+            raise ValueError(f"Expected {kind} labels of shape {shape}, but got {got}.")
+        if config.problem_type == "regression":
+            return labels
+        highest = config.num_labels - 1 if config.has_classes else 1
+        wrong = labels[(labels < 0) | (labels > highest)]
         if len(wrong):
-            raise ValueError(f"Expected labels in 0..{self.config.num_labels - 1}, but got {int(wrong[0])}.")
-        return labels.long()
+            raise ValueError(f"Expected labels in 0..{highest}, but got {wrong[0].item()}.")
+        return labels.long() if config.has_classes else labels
 
     def split_features(self, features: Tensor) -> tuple[Tensor, ...]:
         """Features side by side, ``(B, sum_l d_l)``, to one ``(B, d_l)`` per exit."""

@@ -11,18 +11,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TASK_COSTS = ("cross_entropy", "error", "brier")
+PROBLEM_COSTS = {
+    None: "cross_entropy",
+    "single_label_classification": "cross_entropy",
+    "multi_label_classification": "binary_cross_entropy",
+    "regression": "squared_error",
+}
+"""The task cost of a model's loss, by the ``problem_type`` of transformers."""
 GATE_TARGETS = ("subsequent", "if_min")
 
 
 def task_cost(logits: Tensor, labels: Tensor, kind: str = "cross_entropy") -> Tensor:
-    """What a prediction costs at each exit, ``(B, L)``: cross-entropy (nats), 0/1 error, or the Brier score."""
-    labels = labels[:, None].expand(logits.shape[:-1])
+    """What a prediction costs at each exit, ``(B, L)``: cross-entropy (nats), 0/1 error, or the Brier score.
+
+    For labels ``(B, K)``: ``binary_cross_entropy`` (nats) or ``squared_error``, the mean over the K.
+    """
+    labels = labels[:, None].expand(-1, logits.shape[1], *labels.shape[1:])
     if kind == "cross_entropy":
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").unflatten(0, labels.shape)
     if kind == "error":
         return (logits.argmax(-1) != labels).to(logits.dtype)
     if kind == "brier":
         return (logits.softmax(-1) - F.one_hot(labels, logits.shape[-1])).square().sum(-1)
+    if kind == "binary_cross_entropy":
+        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
+    if kind == "squared_error":
+        return (logits - labels).square().mean(-1)
     raise ValueError(f"Expected task_cost to be one of {TASK_COSTS}, but got {kind!r}.")
 
 

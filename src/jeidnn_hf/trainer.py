@@ -90,6 +90,8 @@ class JEIDNNTrainer(Trainer):
         eval_dataset: Dataset,
         **kwargs: Any,
     ):
+        if not model.config.has_classes:
+            raise ValueError(f"Expected a model of single labels, but got problem_type={model.config.problem_type!r}.")
         classes = eval_dataset.labels.unique()
         if len(classes) < model.config.num_labels:
             absent = sorted(set(range(model.config.num_labels)) - set(classes.tolist()))
@@ -260,7 +262,8 @@ class JEIDNNTrainer(Trainer):
         device = next(policy.parameters()).device
         logits, labels, lam = logits.to(device), labels.to(device), config.current_lam
         costs = self.model.normalised_mul_adds
-        chosen = policy.decide(logits, lam)[:, None]
+        chosen, distribution, gates = policy(logits, lam)
+        chosen = chosen[:, None]
         right = (logits.argmax(-1) == labels[:, None]).float()
         task = task_cost(logits, labels, config.task_cost).gather(1, chosen).mean()
         metrics = {
@@ -268,7 +271,6 @@ class JEIDNNTrainer(Trainer):
             "accuracy": right.gather(1, chosen).mean(),
             "mul_adds": costs[chosen].mean(),
         }
-        gates, distribution = policy.gate_values(logits, lam), policy.distribution(logits, lam)
         per_exit = {
             "accuracy": right.mean(0),
             "share": torch.bincount(chosen.flatten(), minlength=len(costs)) / len(chosen),

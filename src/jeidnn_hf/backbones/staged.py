@@ -9,7 +9,8 @@ A family is one subclass that says what its stem, blocks and head are, registere
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -135,11 +136,23 @@ class StagedBackbone(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """The features of all exits."""
-        state, features = self.stem(pixel_values), []
+        return self.features(self.states(pixel_values))
+
+    def states(self, pixel_values: Tensor) -> Iterator[State]:
+        """The state that the stem gives and those at the exits, L + 1 in all."""
+        state = self.stem(pixel_values)
+        yield state
         for l in range(self.num_exits):
             state = self.stage(l, state)
-            features.append(self.exit_feature(l, state))
-        return tuple(features)
+            yield state
+
+    def features(self, states: Iterable[State]) -> tuple[Tensor, ...]:
+        """What ``states`` gives to the features of all exits."""
+        return tuple(self.exit_feature(l, state) for l, state in enumerate(islice(states, 1, None)))
+
+    def hidden_state(self, state: State) -> Tensor:
+        """The state as one tensor, for who wants to look at it: tokens or a map, in the network's own layout."""
+        return state
 
     def freeze(self) -> None:
         self.requires_grad_(False)

@@ -71,6 +71,9 @@ class TracedBackbone(StagedBackbone):
         tokens, side = self._final_norm(shape[2])(output), round((shape[1] - layout) ** 0.5)
         return tokens_to_map(tokens, layout, (side, side)), tokens[:, 0] if self._has_token else None
 
+    def hidden_state(self, state: tuple[Tensor, ...]) -> Tensor:
+        return state[0]
+
     def finish(self, state: tuple[Tensor, ...], pre_logits: bool = False) -> Tensor:
         if pre_logits == self.native_head:
             raise ValueError(f"Expected pre_logits={not self.native_head}, as the view was cut, but got {pre_logits}.")
