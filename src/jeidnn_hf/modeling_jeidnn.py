@@ -321,8 +321,19 @@ class JEIDNNForImageClassification(PreTrainedModel):
     def _choose_what_is_stored(self) -> None:
         rebuildable = not self.config.save_backbone and self.config.backbone_weights is not None
         frozen = {f"backbone.{key}" for key in self.backbone.state_dict()}
-        self._keys_to_ignore_on_save = frozen if rebuildable else set()
+        self._keys_to_ignore_on_save = frozen if rebuildable else set(self._further_names())
         self._keys_to_ignore_on_load_missing = [r"^backbone\."] if rebuildable else []
+
+    def _further_names(self) -> dict[str, str]:
+        """Of tensors that the backbone holds under several names: each further name to the first, which is stored."""
+        first: dict[int, str] = {}
+        tensors = self.state_dict(keep_vars=True).items()
+        return {name: first[id(tensor)] for name, tensor in tensors if first.setdefault(id(tensor), name) != name}
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """What transformers has to tie on loading: the shared parameters. Shared buffers come with their modules."""
+        parameters = dict(self.named_parameters(remove_duplicate=False))
+        return {name: first for name, first in self._further_names().items() if name in parameters}
 
     def _init_weights(self, module: nn.Module) -> None:
         if hasattr(module, "reset_parameters"):
