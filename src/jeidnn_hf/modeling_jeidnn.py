@@ -167,6 +167,9 @@ class JEIDNNForImageClassification(PreTrainedModel):
         if not model.config.save_backbone and model.config.backbone_weights is not None:
             model._restore_backbone()
         model.backbone.freeze()
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device.type == "cpu":
+                tensor.data = tensor.data.clone()  # not where the file maps it: sums round by the place in memory, too
         if save_backbone is not None:
             model.config.save_backbone = save_backbone
         return (model, info) if wants_info else model
