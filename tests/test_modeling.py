@@ -857,9 +857,8 @@ class TableNet(nn.Module):
         return self.forward_head(x)
 
 
-default_cfgs = generate_default_cfgs(
-    {"jeidnn_test_tablenet": {"input_size": (3, 32, 32), "num_classes": 10, "classifier": "head", "first_conv": "stem"}}
-)
+CFG = {"input_size": (3, 32, 32), "num_classes": 10, "classifier": "head", "first_conv": "stem"}
+default_cfgs = generate_default_cfgs({"jeidnn_test_tablenet": CFG, "jeidnn_test_sharingnet": CFG})
 
 
 @register_model
@@ -899,6 +898,48 @@ def test_tables_outside_the_state_dict_survive_loading(whole, tmp_path):
     again = load(tmp_path / "model")
     assert torch.equal(again.backbone.model.table, torch.linspace(1, 2, 8).view(1, 8, 1, 1))
     assert same_answers(again, model)
+
+
+class SharingNet(TableNet):
+    """Its last block has the first one's weight, and a normalisation with buffers goes by two names, as in CoaT."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.blocks[2].weight = self.blocks[0].weight
+        self.norm = nn.BatchNorm2d(8)
+        self.same_norm = self.norm
+        self.norm.running_mean.normal_()
+
+
+@register_model
+def jeidnn_test_sharingnet(pretrained: bool = False, **kwargs) -> SharingNet:
+    return build_model_with_cfg(SharingNet, "jeidnn_test_sharingnet", pretrained, **kwargs)
+
+
+@register_family(SharingNet)
+class SharingNetBackbone(TableNetBackbone):
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        return self.model.norm(self.model.stem(pixel_values))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_shared_tensors_are_stored_once_and_shared_again(whole, tmp_path):
+    torch.manual_seed(0)
+    state = timm.create_model("jeidnn_test_sharingnet").state_dict()
+    save_file({key: value.clone() for key, value in state.items()}, tmp_path / "w.safetensors")
+    model = JEIDNNForImageClassification.from_backbone_pretrained(
+        "jeidnn_test_sharingnet", weights=tmp_path / "w.safetensors", recipe="paper", save_backbone=whole
+    )
+    for folder in ("model", "again"):
+        model.save_pretrained(tmp_path / folder)
+        model = load(tmp_path / folder)
+    further = {"backbone.model.blocks.2.weight"}
+    further |= {key for key in model.state_dict() if key.startswith("backbone.model.same_norm.")}
+    assert len(further) == 6
+    kept = {key for key in model.state_dict() if whole or not key.startswith("backbone.")} - further
+    assert stored(tmp_path / "again").keys() == stored(tmp_path / "model").keys() == kept
+    assert equal(model.backbone.model.state_dict(), state)
+    assert model.backbone.model.blocks[2].weight is model.backbone.model.blocks[0].weight
 
 
 @pytest.mark.parametrize(

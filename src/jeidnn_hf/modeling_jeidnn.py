@@ -183,6 +183,9 @@ class JEIDNNForImageClassification(PreTrainedModel):
         if not model.config.save_backbone and model.config.backbone_weights is not None:
             model._restore_backbone()
         model.backbone.freeze()
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device.type == "cpu":
+                tensor.data = tensor.data.clone()  # not where the file maps it: sums round by the place in memory, too
         if save_backbone is not None:
             model.config.save_backbone = save_backbone
         return (model, info) if wants_info else model
@@ -341,9 +344,19 @@ class JEIDNNForImageClassification(PreTrainedModel):
     def _choose_what_is_stored(self) -> None:
         rebuildable = not self.config.save_backbone and self.config.backbone_weights is not None
         frozen = {f"backbone.{key}" for key in self.backbone.state_dict()}
-        self._keys_to_ignore_on_save = frozen if rebuildable else set()
+        self._keys_to_ignore_on_save = frozen if rebuildable else set(self._further_names())
         self._keys_to_ignore_on_load_missing = [r"^backbone\."] if rebuildable else []
 
+    def _further_names(self) -> dict[str, str]:
+        """Of tensors that the backbone holds under several names: each further name to the first, which is stored."""
+        first: dict[int, str] = {}
+        tensors = self.state_dict(keep_vars=True).items()
+        return {name: first[id(tensor)] for name, tensor in tensors if first.setdefault(id(tensor), name) != name}
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """What transformers has to tie on loading: the shared parameters. Shared buffers come with their modules."""
+        parameters = dict(self.named_parameters(remove_duplicate=False))
+        return {name: first for name, first in self._further_names().items() if name in parameters}
     def _cost_buffers(self) -> dict[str, Tensor]:
         with torch.device("cpu"):
             total = torch.tensor(self.costs.total)

@@ -9,7 +9,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from jeidnn_hf.backbones import StagedBackbone, select, staged_backbone
+from jeidnn_hf.backbones import StagedBackbone, build_model, select, staged_backbone
+from networks import spread_out
 
 SMALL_SWIN = {"depths": (1, 2, 2, 1), "embed_dim": 24, "num_heads": (1, 2, 3, 6)}
 CASES = {  # view, model, image size, options, blocks, channels of the first and of the last block
@@ -37,30 +38,14 @@ CASES = {  # view, model, image size, options, blocks, channels of the first and
     "resnest": ("ResNet", "resnest14d", 64, {}, 4, 256, 2048),
     "res2net": ("ResNet", "res2net50_14w_8s", 64, {"layers": (1, 2, 2, 1)}, 6, 256, 2048),
 }  # fmt: skip
-NEED_IMG_SIZE = {"eva02", "eva_dinov3", "eva_rope_mixed", "beit", "beit_shared", "hiera", "swin", "efficientformer_v2"}
 TOKENS = {"Eva", "Beit"}
 
 cases = pytest.mark.parametrize("case", CASES)
 
 
 def build(case: str, **options) -> nn.Module:
-    """The model with random parameters of a size that keeps images apart: zeros and tiny scales would hide mistakes."""
     _, name, size, own, *_ = CASES[case]
-    sized = {"img_size": size} if case in NEED_IMG_SIZE else {}
-    torch.manual_seed(0)
-    model = timm.create_model(name, **({"num_classes": 7} | sized | own | options))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() < 2:
-                centre = 1.0 if parameter.max() > 0 else 0.0
-                parameter.copy_(centre + 0.2 * torch.randn(parameter.shape))
-            else:
-                parameter.normal_(0, parameter[0].numel() ** -0.5)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.1)
-                module.running_var.uniform_(0.5, 1.5)
-    return model
+    return spread_out(build_model(name, image_size=size, **({"num_classes": 7} | own | options)))
 
 
 @lru_cache

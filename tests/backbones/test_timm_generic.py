@@ -12,11 +12,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from jeidnn_hf import JEIDNNConfig, JEIDNNForImageClassification
-from jeidnn_hf.backbones import select, staged_backbone
+from jeidnn_hf.backbones import build_model, select, staged_backbone
 from jeidnn_hf.backbones.timm_generic import TracedBackbone, find_layout
-from jeidnn_hf.gates import ExitPolicy
-from jeidnn_hf.heads import LinearHead
+from networks import spread_out
 
 SMALL_SWIN = {"depths": (1, 1, 2, 1), "embed_dim": 24, "num_heads": (1, 2, 3, 6), "window_size": 4}
 CASES = {  # model, image size, options, exits, channels at the first exit, tensors in each state
@@ -39,41 +37,21 @@ CASES = {  # model, image size, options, exits, channels at the first exit, tens
     "tnt": ("tnt_s_legacy_patch16_224", 64, {"depth": 3}, 3, 384, [2, 2, 1]),  # 16 inner tokens a patch, flattened
     "hrnet": ("hrnet_w18_small", 64, {}, 3, 16, [2, 3, 4]),  # lists that the model changes
     "coat": ("coat_tiny", 64, {"serial_depths": (1, 1, 1, 1), "parallel_depth": 1}, 4, 152, [1, 2, 3, 4]),
+    "mambaout": ("test_mambaout", 64, {}, 4, 16, [1] * 4),
+    "dla": ("dla46x_c", 64, {}, 6, 16, [1] * 6),
+    "focalnet": ("focalnet_tiny_srf", 64, {}, 4, 96, [1] * 4),
+    "pvt": ("pvt_v2_b0", 64, {}, 4, 32, [1] * 4),
+    "nfnet": ("test_nfnet", 64, {}, 4, 32, [1] * 4),
     "efficientvim": ("efficientvim_m1", 64, {}, 3, 128, [3, 4, 5]),  # every stage's hidden state goes to the head
 }
-NEED_IMG_SIZE = "vit_relpos mixer xcit cait coatnet channels_last levit twins pit tnt coat".split()
-THROUGH_THE_MODEL = (
-    "densenet edgenext ghostnet starnet vit_relpos xcit channels_last twins pit tnt hrnet coat efficientvim".split()
-)
 WITH_INTERMEDIATES = "edgenext starnet xcit cait mixer channels_last levit pit tnt".split()
 
 cases = pytest.mark.parametrize("case", CASES)
 
 
-def sized(case: str) -> dict:
-    _, size, options, *_ = CASES[case]
-    return options | ({"img_size": size} if case in NEED_IMG_SIZE else {})
-
-
-@torch.no_grad()
-def spread_out(model: nn.Module) -> nn.Module:
-    """Random parameters of a size that keeps images apart: zeros and tiny layer scales would hide mistakes."""
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() < 2:
-            centre = 1.0 if parameter.numel() and parameter.max() > 0 else 0.0
-            parameter.copy_(centre + 0.2 * torch.randn(parameter.shape))
-        else:
-            parameter.normal_(0, ((2 if parameter.dim() == 4 else 1) / parameter[0].numel()) ** 0.5)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    return model
-
-
 def build(case: str, **options) -> nn.Module:
-    return spread_out(timm.create_model(CASES[case][0], **({"num_classes": 7} | sized(case) | options)))
+    name, size, own, *_ = CASES[case]
+    return spread_out(build_model(name, image_size=size, **({"num_classes": 7} | own | options)))
 
 
 @lru_cache
@@ -196,87 +174,6 @@ def test_layouts(shape, layout):
     assert find_layout(SimpleNamespace(num_prefix_tokens=5), shape) == layout
     if shape == (1, 8, 8, 8):
         assert find_layout(SimpleNamespace(output_fmt="NHWC"), shape) == "nhwc"
-
-
-# Through the model.
-
-
-class Leaves(ExitPolicy):
-    """Those leave whose answer is surer than a threshold of the exit's own."""
-
-    def __init__(self, thresholds: list[float]):
-        super().__init__(len(thresholds) + 1)
-        self.thresholds = thresholds
-
-    def step(self, l, logits, carry=None, lam=None):
-        surer = logits.softmax(-1).amax(-1)
-        return surer > (self.thresholds[l] if l < len(self.thresholds) else -1.0), None
-
-
-@torch.no_grad()
-def let_some_out_at_every_exit(model: JEIDNNForImageClassification, x: Tensor) -> None:
-    """Exits with unlike answers; at each, thresholds let out a share of the images that come."""
-    features = model.backbone(x)
-    for head, z in zip(model.heads.modules_by_exit, features, strict=False):
-        assert isinstance(head, LinearHead)
-        head.weight.normal_().div_(z.std(0).norm() + 1e-12)
-        head.bias.copy_(-head.weight @ z.mean(0))
-    surer = model.heads(features).softmax(-1).amax(-1)
-    thresholds, here = [], torch.ones(len(x), dtype=torch.bool)
-    for l in range(model.backbone.num_exits - 1):
-        ranked = surer[here, l].sort().values
-        leaving = max(1, len(ranked) // (model.backbone.num_exits - l))
-        thresholds.append(float(ranked[-leaving - 1 :][:2].mean()))
-        here &= surer[:, l] <= thresholds[-1]
-    model.policy = Leaves(thresholds)
-
-
-def make(case: str) -> JEIDNNForImageClassification:
-    name, size, options, *_ = CASES[case]
-    config = JEIDNNConfig(
-        backbone=name, num_labels=7, image_size=size, recipe="paper", backbone_kwargs=sized(case) or None
-    )
-    torch.manual_seed(0)
-    model = JEIDNNForImageClassification(config).eval()
-    spread_out(model.backbone.model)
-    return model
-
-
-@pytest.mark.parametrize("case", THROUGH_THE_MODEL)
-@torch.no_grad()
-def test_the_network_stops_early_and_says_the_same(case, monkeypatch):
-    model, x = make(case), images(case, 24)
-    costs = model.costs.backbone
-    assert len(costs) == CASES[case][3] and 0 < costs[0] and all(a < b for a, b in zip(costs, costs[1:], strict=False))
-
-    let_some_out_at_every_exit(model, x)
-    seen, stage = [], model.backbone.stage
-
-    def counting(l, state):
-        seen.append((l, len(state[0])))
-        return stage(l, state)
-
-    full = model(x, output_all_exits=True)
-    monkeypatch.setattr(model.backbone, "stage", counting)
-    early = model(x)
-    assert (early.exit_index.bincount(minlength=model.backbone.num_exits) > 0).all()
-    assert torch.equal(early.exit_index, full.exit_index)
-    assert torch.equal(early.logits.argmax(-1), full.logits.argmax(-1))
-    assert_close(early.logits, full.logits, 1e-4)
-    assert seen == [(l, int((full.exit_index >= l).sum())) for l in range(model.backbone.num_exits)]
-
-
-@pytest.mark.parametrize("case", ["densenet", "vit_relpos", "channels_last", "pit", "hrnet"])
-@torch.no_grad()
-def test_a_checkpoint_holds_the_whole_network(case, tmp_path):
-    model, x = make(case), images(case)
-    model.save_pretrained(tmp_path)
-    loaded = JEIDNNForImageClassification.from_pretrained(tmp_path)
-    found, expected = loaded.backbone.state_dict(), model.backbone.state_dict()
-    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
-    buffers = dict(model.backbone.named_buffers())
-    assert all(torch.equal(buffer, buffers[name]) for name, buffer in loaded.backbone.named_buffers())
-    assert torch.equal(loaded(x, output_all_exits=True).all_logits, model(x, output_all_exits=True).all_logits)
 
 
 def test_several_batches_in_flight():
