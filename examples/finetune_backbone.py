@@ -35,7 +35,8 @@ class Classifier(nn.Module):
         self.model = model
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.model(pixel_values)
+        # 1.5 times as many images a second of a depthwise convnet on a CPU
+        logits = self.model(pixel_values.contiguous(memory_format=torch.channels_last))
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
@@ -94,7 +95,6 @@ def main() -> None:
     name, side = choice["backbone"], choice.get("image_size")
     model = build_model(name, num_classes=0, image_size=side, weights=choice["weights"])
     model.reset_classifier(num_classes)
-    model.to(memory_format=torch.channels_last)  # 1.5 times as many images a second of a depthwise convnet on a CPU
     preprocessing = Preprocessing.from_pretrained_cfg({**pretrained_cfg(name), **choice.get("preprocessing", {})}, side)
     images = {
         role: ImageView(sources[source], rows, preprocessing) for role, (source, rows) in splits.roles.items()
