@@ -3,8 +3,10 @@
 A *score* says how strange a class is to a prediction (``ConformalScore``); a *method* says which calibration samples
 set the threshold of an exit (``fit_thresholds``); a set holds the classes whose score at the exit taken is at most its
 threshold. With exchangeable data and the finite-sample quantile, ``general``, ``strict`` and ``grouped`` cover the true
-class with probability at least 1 - alpha, the last two also among the samples of each exit or group. ``ims`` calibrates
-on samples that will not leave there, and ``gated`` falls back on the size of its own groups: neither has a guarantee.
+class with probability at least 1 - alpha, the last two also among the samples of each exit or group; but where no
+calibration sample leaves, strict's sets are the paper's empty ones and the statement is void. ``ims`` calibrates on
+samples that will not leave there, and ``gated`` falls back on the size of its own groups: neither has a guarantee. None
+has one class by class: a class may be absent from the calibration data, and its coverage is reported, not promised.
 """
 
 from __future__ import annotations
@@ -51,8 +53,14 @@ class ConformalScore:
     def __call__(self, probs: Tensor, stream: int = 0) -> Tensor:
         """Scores of all classes, float64: ``(N, K)`` or ``(N, L, K)`` to the same shape.
 
-        The u of row i is the same at every exit, and independent between streams, which are numbered.
+        The u of row i is the same at every exit, and independent between streams: 0 for the samples that get sets,
+        1 for calibration, 2 for ``choose_raps``.
+
+        Raises:
+            ValueError: NaN or infinity.
         """
+        if not torch.isfinite(probs).all():
+            raise ValueError("Expected probabilities without NaN or infinity, but got some.")
         probs = probs.double()
         if self.name == "lac":
             return 1 - probs
@@ -80,6 +88,8 @@ def choose_raps(probs: Tensor, labels: Tensor, alpha: float, seed: int = 0) -> C
     data setting the threshold and the other measuring the sets.
     """
     check_alpha(alpha)
+    if len(labels) < 2:
+        raise ValueError(f"Expected at least 2 samples to choose raps on, but got {len(labels)}.")
     ranks = (probs > probs.gather(1, labels[:, None])).sum(1) + 1
     free = int(ranks.double().quantile(1 - alpha, interpolation="higher"))
     halves = np.array_split(np.random.default_rng(seed).permutation(len(labels)), 2)
@@ -87,7 +97,7 @@ def choose_raps(probs: Tensor, labels: Tensor, alpha: float, seed: int = 0) -> C
     best, smallest = None, math.inf
     for penalty in (0.001, 0.01, 0.03, 0.1, 0.3):
         score = ConformalScore("raps", free, penalty, seed)
-        scores = score(probs)
+        scores = score(probs, stream=2)
         threshold = conformal_quantile(scores[first].gather(1, labels[first, None]).squeeze(1), alpha)
         size = float((scores[second] <= threshold).sum(1).double().mean())
         if size < smallest:
@@ -139,8 +149,6 @@ def fit_thresholds(
     check_method(method)
     if not len(labels):
         raise ValueError("Expected calibration data, but got none.")
-    if not torch.isfinite(probs).all():
-        raise ValueError("Expected probabilities without NaN or infinity, but got some.")
     scores = true_scores(probs, labels, score or ConformalScore())
     return thresholds_of_scores(
         scores, chosen, alpha, method, quantile=quantile, groups=groups, min_samples=min_samples
@@ -149,7 +157,7 @@ def fit_thresholds(
 
 def true_scores(probs: Tensor, labels: Tensor, score: ConformalScore) -> Tensor:
     """Scores of the true classes of a calibration set at every exit, ``(N, L)``."""
-    return score(probs, stream=1).gather(-1, labels[:, None, None].expand(-1, probs.shape[1], 1)).squeeze(-1)
+    return torch.cat([score(answers, stream=1).gather(1, labels[:, None]) for answers in probs.unbind(1)], dim=1)
 
 
 def thresholds_of_scores(

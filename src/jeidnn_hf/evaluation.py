@@ -190,12 +190,12 @@ def evaluate(
     logits, labels, num_exits = record.logits, record.labels, record.num_exits
     chosen = policy.decide(logits, lam)
     rows = torch.arange(len(chosen), device=chosen.device)
-    probs = point.probabilities(logits)
-    taken = probs[rows, chosen]
     right = logits.argmax(-1) == labels[:, None]
     right_taken = right[rows, chosen]
+    scaled = logits[rows, chosen] / logits.new_tensor(point.temperatures)[chosen, None]
+    taken = scaled.softmax(-1)
     total = torch.tensor(record.costs.total, dtype=torch.float64, device=logits.device)
-    costs = record.normalised_costs.double()
+    costs = total / record.costs.backbone[-1]
     at_exit = [chosen == l for l in range(num_exits)]
     of_class = [labels == k for k in range(logits.shape[-1])]
     parts = [part.to(logits.device) for part in disjoint_subsets(len(labels), min(NUM_SUBSETS, len(labels)), seed)]
@@ -203,7 +203,6 @@ def evaluate(
     def per_subset(measure) -> list[float]:
         return [float(measure(part)) for part in parts]
 
-    scaled = logits[rows, chosen] / logits.new_tensor(point.temperatures)[chosen, None]
     subsets = {
         "accuracy": per_subset(lambda part: right_taken[part].double().mean()),
         "normalised_mul_adds": per_subset(lambda part: costs[chosen[part]].mean()),
@@ -227,7 +226,6 @@ def evaluate(
                     ["inf" if t == float("inf") else t for t in thresholds], intervals,
                 )
             )  # fmt: skip
-    raw = expected_calibration_error(logits.softmax(-1), labels)
     return EvaluationReport(
         lam=lam,
         accuracy=float(right_taken.double().mean()),
@@ -240,8 +238,8 @@ def evaluate(
         num_samples=len(labels),
         share_by_exit=[float(here.double().mean()) for here in at_exit],
         exit_accuracy=right.double().mean(0).tolist(),
-        exit_ece=(expected_calibration_error(probs, labels) if is_calibrated else raw).tolist(),
-        exit_ece_raw=raw.tolist(),
+        exit_ece=_exit_ece(record, point.temperatures),
+        exit_ece_raw=_exit_ece(record, [1.0] * num_exits),
         exited_accuracy=[_mean(right[here, l]) for l, here in enumerate(at_exit)],
         conditional_accuracy=[None, *(_mean(right[right[:, l - 1], l]) for l in range(1, num_exits))],
         exit_mul_adds=costs.tolist(),
@@ -283,6 +281,11 @@ def _mean(values: Tensor) -> float | None:
 
 def _means(values: Tensor, masks: Sequence[Tensor]) -> list[float | None]:
     return [_mean(values[mask]) for mask in masks]
+
+
+def _exit_ece(record: ExitRecord, temperatures: Sequence[float]) -> list[float]:
+    exits = zip(record.logits.unbind(1), temperatures, strict=True)  # one at a time: 50,000 x 1,000 probabilities
+    return [float(expected_calibration_error((logits / t).softmax(-1), record.labels)) for logits, t in exits]
 
 
 def _gate_auroc(record: ExitRecord, policy: ExitPolicy, lam: float | None, kind: str) -> list[float | None] | None:

@@ -21,6 +21,9 @@ def expected_calibration_error(probs: Tensor, labels: Tensor, bins: int = 15) ->
 
     Returns:
         A scalar, or ``(L,)``.
+
+    Raises:
+        ValueError: NaN.
     """
     confidence, right = _sorted_confidence(probs, labels)
     gap = right - confidence
@@ -41,9 +44,11 @@ def reliability_bins(probs: Tensor, labels: Tensor, bins: int = 15) -> dict[str,
 
 
 def _sorted_confidence(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    confidence, prediction = probs.double().max(-1)
+    confidence, prediction = probs.max(-1)
+    if torch.isnan(confidence).any():
+        raise ValueError("Expected probabilities without NaN, but got some.")
     right = (prediction == labels.reshape(-1, *[1] * (prediction.dim() - 1))).double()
-    confidence, order = confidence.sort(dim=0, stable=True)
+    confidence, order = confidence.double().sort(dim=0, stable=True)
     right = right.gather(0, order)
     tie = torch.cat([torch.zeros_like(confidence[:1]), (confidence.diff(dim=0) > 0).double()]).cumsum(0).long()
     total = torch.zeros_like(right).scatter_add_(0, tie, right)

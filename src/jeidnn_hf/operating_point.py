@@ -49,6 +49,9 @@ class OperatingPoint:
         calibration_by_exit: number of calibration samples that leave at each exit.
         validation, calibration: the images these came from.
         backbone: fingerprint of the backbone.
+
+    Raises:
+        ValueError: numbers of exits that differ, temperatures or thresholds out of range.
     """
 
     lam: float | None
@@ -60,6 +63,16 @@ class OperatingPoint:
     thresholds: dict[str, dict[float, list[float]]] = field(default_factory=dict)
     calibration_by_exit: list[int] = field(default_factory=list)
     calibration: SplitInfo | None = None
+
+    def __post_init__(self) -> None:
+        rows = [thresholds for by_alpha in self.thresholds.values() for thresholds in by_alpha.values()]
+        lengths = sorted({len(row) for row in (self.temperatures, self.groups, *rows)})
+        if len(lengths) != 1:
+            raise ValueError(f"Expected a temperature, a group and a threshold per exit, but got {lengths} of them.")
+        if not all(0 < t < math.inf for t in self.temperatures):
+            raise ValueError(f"Expected positive, finite temperatures, but got {self.temperatures}.")
+        if any(math.isnan(t) for row in rows for t in row):
+            raise ValueError("Expected thresholds without NaN, but got some.")
 
     @classmethod
     @torch.inference_mode()
@@ -114,7 +127,7 @@ class OperatingPoint:
     def prediction_sets(self, probs: Tensor, chosen: Tensor, alpha: float, method: str = "grouped") -> Tensor:
         """Sets at the exits taken, a mask ``(N, K)``; a ValueError for an alpha or method that was not calibrated."""
         thresholds = self.thresholds_at(alpha, method)
-        return prediction_sets(probs, chosen, torch.tensor(thresholds, device=probs.device).double(), self.score)
+        return prediction_sets(probs, chosen, probs.new_tensor(thresholds, dtype=torch.float64), self.score)
 
     def thresholds_at(self, alpha: float, method: str = "grouped") -> list[float]:
         """One threshold per exit."""
