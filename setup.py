@@ -50,6 +50,7 @@ extras_require = {
         "pytest-xdist>=3.6,<4",  # 3.8.0
         "hypothesis>=6.100,<7",  # 6.170.17
         "ruff~=0.17.6",  # one minor series, so that lint says the same everywhere
+        "mapie>=1.4,<2",  # 1.6.0; what conformal sets are compared with
         *scikit_learn,
         *plots,
     ],

@@ -16,16 +16,14 @@ def fit_temperatures(logits: Tensor, labels: Tensor, steps: int = 60) -> Tensor:
     """argmin_T NLL(logits / T) for each exit, ``(N, L, K)`` and ``(N,)`` to ``(L,)``.
 
     The likelihood is convex in 1/T, so it has one minimum over log T, which a golden-section search finds to 1e-9,
-    for all exits at once, within T in [1/20, 20].
+    within T in [1/20, 20]. Beside the logits it holds those of one exit, in float64.
     """
-    logits = logits.double()
     low = torch.full(logits.shape[1:2], -_LOG_T, dtype=torch.float64, device=logits.device)
     high, golden = -low, (math.sqrt(5) - 1) / 2
-    target = labels[:, None].expand(logits.shape[:2]).flatten()
 
     def nll(log_t: Tensor) -> Tensor:
-        scaled = (logits / log_t.exp()[:, None]).flatten(0, 1)
-        return F.cross_entropy(scaled, target, reduction="none").unflatten(0, logits.shape[:2]).mean(0)
+        exits = zip(logits.unbind(1), log_t.exp(), strict=True)
+        return torch.stack([F.cross_entropy(answers.double() / t, labels) for answers, t in exits])
 
     a, b = high - golden * (high - low), low + golden * (high - low)
     at_a, at_b = nll(a), nll(b)

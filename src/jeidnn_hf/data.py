@@ -267,6 +267,11 @@ class ImageView(torch.utils.data.Dataset):
         """Class label of each row, int64 ``(len(self),)``; decodes no image."""
         return self._labels.repeat(len(self.views))
 
+    @property
+    def index(self) -> Tensor:
+        """Row number of each row in the source, int64 ``(len(self),)``."""
+        return torch.from_numpy(self.indices).repeat(len(self.views))
+
     def content_hash(self, probes: int = 64) -> str:
         """sha256 of the labels and of the encoded bytes of ``probes`` pictures spread over the rows.
 

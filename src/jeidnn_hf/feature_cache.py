@@ -236,6 +236,10 @@ class CachedFeatures(torch.utils.data.Dataset):
     def labels(self) -> Tensor:
         return self.views[0].labels.repeat(len(self.views))
 
+    @property
+    def index(self) -> Tensor:
+        return self.views[0].index.repeat(len(self.views))
+
     def __len__(self) -> int:
         return len(self.views) * len(self.views[0])
 

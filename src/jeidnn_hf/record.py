@@ -44,6 +44,7 @@ class ExitRecord:
         costs: the model's cost table, in Mul-Adds.
         split: which images these are.
         backbone: fingerprint of the backbone that made them, if it has one.
+        index: row numbers of the images in their source, ``(N,)``.
     """
 
     logits: Tensor
@@ -51,6 +52,7 @@ class ExitRecord:
     costs: ExitCosts
     split: SplitInfo
     backbone: str | None = None
+    index: Tensor | None = None
 
     def __post_init__(self):
         if self.logits.dim() != 3 or self.labels.shape != self.logits.shape[:1] or not len(self.labels):
@@ -81,13 +83,15 @@ class ExitRecord:
     def of(cls, model, images: Dataset, split: SplitInfo, batch_size: int = 512) -> ExitRecord:
         """Evaluates every exit of a model on a data set of pixels or of cached features."""
         logits, labels = collect_logits(model, images, batch_size)
-        return cls(logits, labels, model.costs, split, model.config.backbone_fingerprint)
+        return cls(logits, labels, model.costs, split, model.config.backbone_fingerprint, images.index)
 
     def save(self, folder: str | Path) -> None:
         """Writes ``record.safetensors`` and ``record.json``."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {"logits": self.logits.contiguous(), "labels": self.labels.contiguous()}
+        if self.index is not None:
+            tensors["index"] = self.index.contiguous()
         save_file(tensors, folder / "record.safetensors")
         described = {"costs": self.costs.to_dict(), "split": self.split.to_dict(), "backbone": self.backbone}
         (folder / "record.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
@@ -100,6 +104,39 @@ class ExitRecord:
             tensors = load_file(folder / "record.safetensors")
             described = json.loads((folder / "record.json").read_text(encoding="utf-8"))
             costs, split = ExitCosts.from_dict(described["costs"]), SplitInfo.from_dict(described["split"])
-            return cls(tensors["logits"], tensors["labels"], costs, split, described["backbone"])
+            return cls(tensors["logits"], tensors["labels"], costs, split, described["backbone"], tensors.get("index"))
         except Exception as error:
             raise ValueError(f"Expected an ExitRecord in {str(folder)!r}, but it cannot be read: {error}") from error
+
+
+def check_comparable(first: ExitRecord, second: ExitRecord) -> None:
+    """A ValueError where two records are not of one network: exits, classes, backbone, data set."""
+    for what in ("dataset", "backbone", "exits and classes"):
+        one, other = (
+            record.split.dataset if what == "dataset" else
+            record.backbone if what == "backbone" else tuple(record.logits.shape[1:])
+            for record in (first, second)
+        )  # fmt: skip
+        if one != other:
+            raise ValueError(
+                f"Expected {first.split.role} and {second.split.role} records of the same {what}, "
+                f"but got {one} and {other}."
+            )
+
+
+def check_disjoint(held_out: ExitRecord, other: ExitRecord) -> None:
+    """A ValueError where ``held_out`` was trained on, or shares images with ``other``, or is of another network."""
+    check_comparable(held_out, other)
+    if held_out.split.role == "train":
+        raise ValueError("Expected a record of held-out images, but got one of the role 'train'.")
+    if held_out.split.source != other.split.source:
+        return
+    if held_out.index is None or other.index is None:
+        shared = held_out.split.size if held_out.split.sha256 == other.split.sha256 else 0
+    else:
+        shared = int(torch.isin(held_out.index, other.index).sum())
+    if shared:
+        raise ValueError(
+            f"Expected {held_out.split.role} and {other.split.role} records without a common image, but got {shared} "
+            f"images of {held_out.split.source!r} in both."
+        )
