@@ -40,7 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     backbones.add_argument("--module", nargs="+", help="only these modules of timm; trying all takes minutes")
     backbones.set_defaults(run=_backbones)
 
-    for command in (demo, costs, convert, backbones):
+    evaluate = commands.add_parser("evaluate", help="evaluate every model of a run folder on its test images")
+    evaluate.add_argument("run_dir", type=Path, help="output_dir of examples/train.py")
+    evaluate.add_argument("--num-lambdas", type=int, default=20, help="of a checkpoint for a range of lambdas")
+    evaluate.add_argument("--speed-images", type=int, default=0, help="images to time with and without early exit")
+    evaluate.set_defaults(run=_evaluate)
+
+    figures = commands.add_parser("figures", help="draw the figures and tables of an evaluated run folder")
+    figures.add_argument("run_dir", type=Path)
+    figures.add_argument("--output_dir", type=Path, help="default: RUN_DIR/figures")
+    figures.set_defaults(run=_figures)
+
+    for command in (demo, costs, convert, backbones, evaluate, figures):
         command.add_argument("--json", action="store_true", help="print JSON")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
@@ -87,6 +98,34 @@ def _costs(options: argparse.Namespace) -> None:
     for l, row in enumerate(zip(*columns.values(), strict=True), start=1):
         backbone, pooling, heads, gates, total, share = row
         print(f"{l:>4} {backbone:>15,} {pooling:>12,} {heads:>12,} {gates:>10,} {total:>15,} {share:>7.4f}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from .runs import budget_table, evaluate_run
+
+    summary = evaluate_run(
+        options.run_dir, num_lambdas=options.num_lambdas, speed_images=options.speed_images, quiet=options.json
+    )
+    if options.json:
+        print(json.dumps(summary, indent=1))
+        return
+    print(f"{summary['dataset']}: test accuracy (%) at a share of the backbone's Mul-Adds, by interpolation\n")
+    print(budget_table(summary))
+    for name, speed in summary["speed"].items():
+        print(
+            "{name}, lambda {lam:.4g}: {early:.0f} images/s with early exit, {full:.0f} without; {mul_adds:.3f} of the "
+            "Mul-Adds; same exits and classes: {agree:.4f}".format(name=name, **speed)
+        )
+    print(f"\nwritten: {options.run_dir / 'reports'}, {options.run_dir / 'evaluation.json'}")
+
+
+def _figures(options: argparse.Namespace) -> None:
+    from .plots import draw_figures
+    from .reports import load_curves
+
+    folder = options.output_dir or options.run_dir / "figures"
+    paths = draw_figures(load_curves(options.run_dir), folder)
+    print(json.dumps([str(path) for path in paths], indent=1) if options.json else f"{len(paths)} files in {folder}")
 
 
 def _backbones(options: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from enum import IntEnum
 from functools import partial
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer
 
+from .backbones.loading import STORED_WEIGHTS
 from .data import collate
 from .held_out import fit_ensemble, fit_gates
 from .modeling_jeidnn import JEIDNNForImageClassification
@@ -98,6 +100,8 @@ class JEIDNNTrainer(Trainer):
             raise ValueError(f"Expected every class in the validation data, but got none of {absent[:5]}.")
         if args.gates_on == "train" and model.config.has_lam_range:
             raise ValueError(f"Expected one lambda for gates_on='train', but got the range {model.config.lam}.")
+        if args.push_to_hub and model.config.backbone_is_local:
+            model.config.backbone_weights = STORED_WEIGHTS
         super().__init__(
             model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=collate, **kwargs
         )
@@ -309,6 +313,13 @@ class JEIDNNTrainer(Trainer):
             with open(os.path.join(folder, STATE_NAME), "w", encoding="utf-8") as file:
                 json.dump({"pos_weight": self._pos_weight, "pos_weight_epoch": self._pos_weight_epoch}, file)
         super()._save_checkpoint(model, trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """transformers copies its own files only from the checkpoint to the folder that it pushes."""
+        stored = Path(checkpoint_folder, STORED_WEIGHTS)
+        if self.is_world_process_zero() and stored.exists():
+            shutil.copy(stored, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
