@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from .checks import check_arguments
+from .files import write_text
 from .gates import ExitPolicy
 from .metrics import expected_calibration_error
 from .record import ExitRecord
@@ -45,15 +47,19 @@ class EvaluationReport:
     schema_version: int = SCHEMA_VERSION
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        write_text(path, json.dumps(asdict(self), indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> EvaluationReport:
-        """Reads what ``save`` wrote; a ValueError for a report of another schema version."""
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        if values.get("schema_version") != SCHEMA_VERSION:
-            found = values.get("schema_version")
+        """Reads what ``save`` wrote; a ValueError for a report of another schema version, or no report."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"Expected a report in {str(path)!r}, but it cannot be read: {error}.") from error
+        found = values.get("schema_version") if isinstance(values, dict) else None
+        if found != SCHEMA_VERSION:
             raise ValueError(f"Expected a report of schema {SCHEMA_VERSION}, but {path} has {found!r}; evaluate again.")
+        check_arguments(str(path), values, cls)
         return cls(**values)
 
 

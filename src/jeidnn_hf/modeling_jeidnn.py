@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -17,6 +20,7 @@ from .backbones import build_model, fingerprint, pretrained_cfg, select, staged_
 from .backbones.loading import HUB_WEIGHTS
 from .configuration_jeidnn import JEIDNNConfig
 from .costs import ExitCosts, exit_costs
+from .files import written_whole
 from .gates import GATES, LearnedGates
 from .heads import ExitHeads
 from .objectives import expected_cost, task_cost, total_cost
@@ -151,6 +155,13 @@ class JEIDNNForImageClassification(PreTrainedModel):
                 f"Expected complete weights in {str(pretrained_model_name_or_path)!r}, but got a broken file "
                 f"({error}); fetch it again."
             ) from error
+        except (OSError, HFValidationError) as error:
+            if str(error).startswith("Expected "):
+                raise
+            raise OSError(
+                f"Expected a checkpoint with model.safetensors at {str(pretrained_model_name_or_path)!r}, but got: "
+                f"{' '.join(str(error).split())}"
+            ) from error
         if info["mismatched_keys"] and not takes_other_shapes:
             key, found, expected = min(info["mismatched_keys"])
             raise ValueError(
@@ -166,13 +177,25 @@ class JEIDNNForImageClassification(PreTrainedModel):
             )
         if not model.config.save_backbone and model.config.backbone_weights is not None:
             model._restore_backbone()
+        for name, tensor in chain(model.named_parameters(), model.heads.named_buffers()):
+            if not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"Expected finite weights in {str(pretrained_model_name_or_path)!r}, but got NaN or infinity in "
+                    f"{name}; train it again with a smaller learning rate."
+                )
         model.backbone.freeze()
         if save_backbone is not None:
             model.config.save_backbone = save_backbone
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers. The backbone is stored only where it cannot be rebuilt from its name and weights."""
+        """As in transformers, but whole or not at all: an earlier model in the folder stays until this one is complete.
+
+        The backbone is stored only where it cannot be rebuilt from its name and weights.
+
+        Raises:
+            WriteError: (an OSError) a full disk, a folder that is a file or cannot be written to.
+        """
         if self.backbone.model_dtype is torch.float32:
             found = fingerprint(self.backbone.model.state_dict())
             if found != self.config.backbone_fingerprint and self.config.backbone_weights is not None:
@@ -180,7 +203,10 @@ class JEIDNNForImageClassification(PreTrainedModel):
                 self.config.save_backbone = True
             self.config.backbone_fingerprint = found
         self._choose_what_is_stored()
-        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)  # not the temporary folder's
+        with written_whole(save_directory) as temporary:
+            super().save_pretrained(temporary, *args, **kwargs)
 
     @property
     def costs(self) -> ExitCosts:
@@ -236,9 +262,9 @@ class JEIDNNForImageClassification(PreTrainedModel):
         if exit_features is not None:
             self._check_features(exit_features)
         inputs = [pixel_values] if exit_features is None else list(exit_features)
-        batch = len(inputs[0])
         for tensor in inputs:
             _check_numbers("pixel_values" if exit_features is None else "exit_features", tensor)
+        batch = inputs[0].shape[:1].numel()
         lam = self._check_lam(lam, batch, inputs[0].device)
         if labels is not None:
             labels = self._check_labels(labels, batch)
@@ -271,10 +297,10 @@ class JEIDNNForImageClassification(PreTrainedModel):
 
     def _early_exit(self, pixel_values: Tensor, lam: float | Tensor) -> JEIDNNOutput:
         """After each exit the samples that leave are dropped from every state; the rest goes on."""
+        state, head_carry, policy_carry = self.backbone.stem(pixel_values), None, None
         rows = torch.arange(len(pixel_values), device=pixel_values.device)
         exit_index = torch.empty_like(rows)
         logits = None
-        state, head_carry, policy_carry = self.backbone.stem(pixel_values), None, None
         for l in range(self.backbone.num_exits):
             state = self.backbone.stage(l, state)
             answers, head_carry = self.heads.step(l, self.backbone.exit_feature(l, state), head_carry)
@@ -349,7 +375,7 @@ class JEIDNNForImageClassification(PreTrainedModel):
 
     def _check_labels(self, labels: Tensor, batch: int) -> Tensor:
         is_tensor = isinstance(labels, Tensor)
-        if not is_tensor or labels.shape != (batch,) or labels.is_floating_point():
+        if not is_tensor or labels.shape != (batch,) or labels.is_floating_point() or labels.dtype is torch.bool:
             got = f"{labels.dtype} {tuple(labels.shape)}" if is_tensor else type(labels).__name__
             raise ValueError(f"Expected integer labels of shape ({batch},), but got {got}.")
         wrong = labels[(labels < 0) | (labels >= self.config.num_labels)]
@@ -365,6 +391,8 @@ class JEIDNNForImageClassification(PreTrainedModel):
         return features.split(self.backbone.exit_dims, dim=1)
 
     def _check_features(self, features: Sequence[Tensor]) -> None:
+        if not all(isinstance(z, Tensor) for z in features):
+            raise ValueError(f"Expected exit_features as tensors, but got {[type(z).__name__ for z in features]}.")
         shapes = [tuple(z.shape) for z in features]
         expected = [(shapes[0][0] if shapes else "batch", d) for d in self.backbone.exit_dims]
         if shapes != expected:
@@ -372,7 +400,8 @@ class JEIDNNForImageClassification(PreTrainedModel):
 
 
 def _check_numbers(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise ValueError(f"Expected {name} of floating-point numbers, but got {tensor.dtype}.")
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"Expected {name} of floating-point numbers, but got {got}.")
     if not torch.isfinite(tensor).all():
         raise ValueError(f"Expected {name} without NaN or infinity, but got some; check the preprocessing or the data.")
