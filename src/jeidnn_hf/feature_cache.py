@@ -198,7 +198,9 @@ class FeatureCache:
             ) from error
         if key is not None and key != self.key:
             other = sorted(name for name in key if key[name] != self.key.get(name))
-            raise ValueError(f"Expected features of this key in {str(path)!r}, but got another {other}; remove the file.")
+            raise ValueError(
+                f"Expected features made with the same {other} in {str(path)!r}, but got others; remove the file."
+            )
 
     def __len__(self) -> int:
         return len(self.labels)

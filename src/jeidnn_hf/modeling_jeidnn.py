@@ -375,7 +375,7 @@ class JEIDNNForImageClassification(PreTrainedModel):
 
     def _check_labels(self, labels: Tensor, batch: int) -> Tensor:
         is_tensor = isinstance(labels, Tensor)
-        if not is_tensor or labels.shape != (batch,) or labels.is_floating_point() or labels.dtype is torch.bool:
+        if not is_tensor or labels.shape != (batch,) or labels.is_floating_point():
             got = f"{labels.dtype} {tuple(labels.shape)}" if is_tensor else type(labels).__name__
             raise ValueError(f"Expected integer labels of shape ({batch},), but got {got}.")
         wrong = labels[(labels < 0) | (labels >= self.config.num_labels)]
