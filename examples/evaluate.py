@@ -11,39 +11,51 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 
 from jeidnn_hf import EvaluationReport, ExitRecord, JEIDNNForImageClassification, evaluate
 from jeidnn_hf.backbones import pretrained_cfg
+from jeidnn_hf.cli import exit_status
 from jeidnn_hf.data import ImageView, Preprocessing, load_source
 from jeidnn_hf.feature_cache import cached_role
+from jeidnn_hf.files import write_text
 from jeidnn_hf.metrics import accuracy_at_cost
 from jeidnn_hf.plots import plot_frontier
 from jeidnn_hf.policies import ConfidenceThreshold
+from jeidnn_hf.run_config import TrainConfig, read_run_config
 from jeidnn_hf.splits import Splits
 
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="output_dir of train.py")
     parser.add_argument("--num_lambdas", type=int, default=10)
     parser.add_argument("--speed_images", type=int, default=1024, help="images to time; 0: none")
-    options = parser.parse_args()
-    data = yaml.safe_load((options.folder / "config.yaml").read_text())["data"]
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(argv)
+    return exit_status("evaluate.py", lambda: evaluate_folder(options), debug=options.debug)
+
+
+def evaluate_folder(options: argparse.Namespace) -> None:
+    for name, least in (("num_lambdas", 1), ("speed_images", 0)):
+        if getattr(options, name) < least:
+            raise ValueError(f"Expected --{name} of at least {least}, but got {getattr(options, name)}.")
+    data = read_run_config(options.folder / "config.yaml", TrainConfig, options.folder)["data"]
     sources = load_source(data["dataset"], data_files=data.get("data_files"), data_dir=data.get("data_dir"))
     splits = Splits.load(options.folder / "splits.json")
     names = sorted(path.parent.name for path in options.folder.glob("*/model.safetensors"))
     if not names:
-        raise SystemExit(f"Expected saved models in {options.folder}, but found none; run train.py first.")
+        raise ValueError(f"Expected saved models in {options.folder}, but found none; run train.py first.")
 
     methods: dict[str, list[list[EvaluationReport]]] = defaultdict(list)
     results, native = [], None
@@ -111,7 +123,7 @@ def main() -> None:
         title=f"{data['dataset']}, test role",
     )
     summary = {"backbone_accuracy": native, "budgets": BUDGETS, "accuracy_at_budget": table, "runs": results}
-    (options.folder / "evaluation.json").write_text(json.dumps(summary, indent=1))
+    write_text(options.folder / "evaluation.json", json.dumps(summary, indent=1))
     print(f"written: {options.folder / 'evaluation.json'}, {options.folder / 'frontier.png'}")
 
 
@@ -147,4 +159,4 @@ def speed(model: JEIDNNForImageClassification, images: ImageView, lam: float, ba
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

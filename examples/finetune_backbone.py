@@ -10,20 +10,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from safetensors.torch import save_file
 from timm.data import Mixup
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
 
 from jeidnn_hf.backbones import build_model, fingerprint, pretrained_cfg
-from jeidnn_hf.data import ImageView, Preprocessing, collate, load_source, read_labels
-from jeidnn_hf.splits import make_splits
+from jeidnn_hf.cli import exit_status
+from jeidnn_hf.data import ImageView, Preprocessing, collate
+from jeidnn_hf.files import written_whole
+from jeidnn_hf.run_config import DataSection, load_data, read_run_config
 from jeidnn_hf.trainer import last_checkpoint
 
 
@@ -78,34 +83,59 @@ def accuracy_of(answers) -> float:
     return float(np.mean(answers.predictions.argmax(-1) == answers.label_ids))
 
 
-def main() -> None:
+@dataclass
+class ModelSection:
+    backbone: str
+    weights: str
+    image_size: int | None = None
+    preprocessing: dict = field(default_factory=dict)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    mixup: float = 0.0
+
+
+@dataclass
+class FinetuneConfig:
+    output_dir: str
+    data: DataSection
+    model: ModelSection
+    training: TrainingArguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, help="instead of the config's")
-    options = parser.parse_args()
-    config = yaml.safe_load(options.config.read_text())
-    output_dir = options.output_dir or Path(config["output_dir"])
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(argv)
+    return exit_status("finetune_backbone.py", lambda: finetune(options), debug=options.debug)
+
+
+def finetune(options: argparse.Namespace) -> None:
+    config = read_run_config(options.config, FinetuneConfig, options.output_dir)
+    output_dir = Path(config["output_dir"])
     data, choice = config["data"], config["model"]
-    sources = load_source(data["dataset"], data_files=data.get("data_files"), data_dir=data.get("data_dir"))
-    labels = {name: read_labels(rows) for name, rows in sources.items()}
+    sources, splits = load_data(data)
     num_classes = sources["train"].features["label"].num_classes
-    splits = make_splits(data["dataset"], labels, num_classes=num_classes, **data.get("splits", {}))
 
     set_seed(config["training"].get("seed", 42))
     name, side = choice["backbone"], choice.get("image_size")
     model = build_model(name, num_classes=0, image_size=side, weights=choice["weights"])
     model.reset_classifier(num_classes)
-    preprocessing = Preprocessing.from_pretrained_cfg({**pretrained_cfg(name), **choice.get("preprocessing", {})}, side)
+    cfg, changes = pretrained_cfg(name), choice.get("preprocessing", {})
+    if unknown := [key for key in changes if key not in cfg]:
+        raise ValueError(f"Expected the keys of preprocessing among {sorted(cfg)}, but got {unknown}.")
+    preprocessing = Preprocessing.from_pretrained_cfg({**cfg, **changes}, side)
     images = {
         role: ImageView(sources[source], rows, preprocessing) for role, (source, rows) in splits.roles.items()
     }  # fmt: skip
 
-    args = TrainingArguments(
-        output_dir=str(output_dir / "checkpoints"), remove_unused_columns=False, eval_strategy="epoch",
-        save_strategy="epoch", save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="accuracy",
-        lr_scheduler_type="cosine", report_to="none", dataloader_pin_memory=torch.cuda.is_available(),
-        label_names=["labels"], **config["training"],
-    )  # fmt: skip
+    defaults = {
+        "output_dir": str(output_dir / "checkpoints"), "remove_unused_columns": False, "eval_strategy": "epoch",
+        "save_strategy": "epoch", "save_total_limit": 2, "load_best_model_at_end": True,
+        "metric_for_best_model": "accuracy", "lr_scheduler_type": "cosine", "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(), "label_names": ["labels"],
+    }  # fmt: skip
+    args = TrainingArguments(**{**defaults, **config["training"]})
     mixup = Mixup(mixup_alpha=choice["mixup"], num_classes=num_classes) if choice.get("mixup") else None
     trainer = FineTuner(
         Classifier(model), args, train_dataset=FreshViews(images["train"]), eval_dataset=images["validation"],
@@ -117,14 +147,15 @@ def main() -> None:
     predictions = trainer.predict(images["test"])
     accuracy = accuracy_of(predictions)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    save_file(state, output_dir / "backbone.safetensors")
     report = {
         "backbone": name, "fingerprint": fingerprint(state), "validation_accuracy": trainer.state.best_metric,
         "test_accuracy": accuracy, "preprocessing": preprocessing.to_dict(), "config": config,
     }  # fmt: skip
-    (output_dir / "backbone.json").write_text(json.dumps(report, indent=1))
+    with written_whole(output_dir) as temporary:
+        save_file(state, temporary / "backbone.safetensors")
+        (temporary / "backbone.json").write_text(json.dumps(report, indent=1))
     print(f"{name}: validation accuracy {trainer.state.best_metric:.4f}, test {accuracy:.4f}; {output_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -18,54 +20,63 @@ from transformers import set_seed
 
 from jeidnn_hf import JEIDNNForImageClassification
 from jeidnn_hf.backbones import pretrained_cfg
-from jeidnn_hf.data import Preprocessing, load_source, read_labels
+from jeidnn_hf.cli import exit_status
+from jeidnn_hf.data import Preprocessing
 from jeidnn_hf.feature_cache import cached_role
-from jeidnn_hf.splits import make_splits
+from jeidnn_hf.files import write_text
+from jeidnn_hf.run_config import TrainConfig, load_data, read_run_config
 from jeidnn_hf.trainer import JEIDNNTrainer
 from jeidnn_hf.training_args import JEIDNNTrainingArguments
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="YAML file with data, model, training and runs")
     parser.add_argument("--output_dir", type=Path, help="instead of the config's")
     parser.add_argument("--run", nargs="+", help="only these runs")
-    options = parser.parse_args()
-    config = yaml.safe_load(options.config.read_text())
-    output_dir = options.output_dir or Path(config["output_dir"])
-    output_dir.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(argv)
+    return exit_status("train.py", lambda: train(options), debug=options.debug)
+
+
+def train(options: argparse.Namespace) -> None:
+    config = read_run_config(options.config, TrainConfig, options.output_dir)
+    output_dir = Path(config["output_dir"])
+    if unknown := sorted(set(options.run or ()) - config["runs"].keys()):
+        raise ValueError(f"Expected runs among {list(config['runs'])}, but got {unknown}.")
     is_main = int(os.environ.get("RANK", "0")) == 0  # of the processes that torchrun or accelerate started
 
     data = config["data"]
-    sources = load_source(data["dataset"], data_files=data.get("data_files"), data_dir=data.get("data_dir"))
-    labels = {name: read_labels(rows) for name, rows in sources.items()}
-    num_classes = sources["train"].features["label"].num_classes
-    splits = make_splits(data["dataset"], labels, num_classes=num_classes, **data.get("splits", {}))
+    sources, splits = load_data(data)
+    models, trainings = {}, {}
+    for name, run in config["runs"].items():
+        models[name] = {**config["model"], **run.get("model", {})}
+        if "backbone" not in models[name]:
+            raise ValueError(f"Expected a backbone in the model of {name}, but got {list(models[name])} only.")
+        training = {**config.get("training", {}), **run.get("training", {})}
+        trainings[name] = JEIDNNTrainingArguments(**{"output_dir": str(output_dir / name / "checkpoints"), **training})
     if is_main:
-        (output_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        write_text(output_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         splits.save(output_dir / "splits.json")
 
     for name in options.run or config["runs"]:
-        run = config["runs"][name]
         if (output_dir / name / "model.safetensors").exists():
             print(f"{name}: already trained, in {output_dir / name}")
             continue
         started = time.perf_counter()
-        training = {**config.get("training", {}), **run.get("training", {})}
-        set_seed(training.get("seed", 42))
+        set_seed(trainings[name].seed)
         names = sources["train"].features["label"].names
         model = JEIDNNForImageClassification.from_backbone_pretrained(
-            **{"id2label": dict(enumerate(names)), **config["model"], **run.get("model", {})}
+            **{"id2label": dict(enumerate(names)), **models[name]}
         )
         cfg = pretrained_cfg(model.config.backbone)
         preprocessing = Preprocessing.from_pretrained_cfg(cfg, model.config.image_size, model.config.num_channels)
         cache = Path(data.get("cache_dir") or output_dir / "cache")
         views = range(data.get("views", 1))
-        train = cached_role(model.backbone, sources, splits, "train", preprocessing, cache, views=views)
+        features = cached_role(model.backbone, sources, splits, "train", preprocessing, cache, views=views)
         validation = cached_role(model.backbone, sources, splits, "validation", preprocessing, cache)
         folder = output_dir / name
-        args = JEIDNNTrainingArguments(output_dir=str(folder / "checkpoints"), **training)
-        trainer = JEIDNNTrainer(model, args, train, validation)
+        trainer = JEIDNNTrainer(model, trainings[name], features, validation)
         trainer.train(resume_from_checkpoint=True)
         metrics = trainer.evaluate()
         trainer.save_state()
@@ -78,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

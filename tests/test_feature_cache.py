@@ -476,7 +476,8 @@ def test_another_key_is_refused_by_name(source, backbone, tmp_path):
     path = path_of(tmp_path)
     assert FeatureCache(path).key == FeatureCache(path, dict(key)).key == key
     for name, value in {"view": 2, "split": "abd", "exit_stages": [0, 8], "backbone": "0" * 64}.items():
-        with pytest.raises(ValueError, match=rf"^Expected features made with the same \['{name}'\] in '{path}'; .*"):
+        match = rf"^Expected features made with the same \['{name}'\] in '{path}', but got others; remove the file\."
+        with pytest.raises(ValueError, match=match):
             FeatureCache(path, {**key, name: value})
     with pytest.raises(ValueError, match=r"the same \['seed', 'view'\]"):
         FeatureCache(path, {**key, "view": 0, "seed": 0})

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import __version__
@@ -56,12 +56,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=FutureWarning)  # timm's, on import
+    return exit_status(f"jeidnn {options.command}", lambda: options.run(options), debug=options.debug)
+
+
+def exit_status(name: str, run: Callable[[], None], debug: bool = False) -> int:
+    """Of ``run()``: 0, or 1 after what the user did wrong, told in one line on stderr.
+
+    ``name`` begins the line; ``debug`` raises the error instead. Any other error is ours, and is raised.
+    """
     try:
-        options.run(options)
+        run()
     except (ValueError, OSError, ImportError) as error:
-        if options.debug:
+        if debug:
             raise
-        print(f"jeidnn {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 

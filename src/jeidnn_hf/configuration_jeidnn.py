@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedConfig
 
 from .backbones.loading import HUB_WEIGHTS, PIP_WEIGHTS_NAME, STORED_WEIGHTS
+from .checks import check_type
 from .exits import EXIT_RULES, GATE_FORMS
 from .heads import HEADS
 from .objectives import PROBLEM_COSTS, TASK_COSTS
@@ -104,16 +108,17 @@ class JEIDNNConfig(PreTrainedConfig):
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
-        if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
+        if type(self.format_version) is not int or not 1 <= self.format_version <= FORMAT_VERSION:
             raise ValueError(
                 f"Expected a config of format {FORMAT_VERSION} or older, but got {self.format_version!r}; "
                 "update jeidnn-hf."
             )
-        _check_one_of("recipe", self.recipe, RECIPES)
+        _check_one_of("recipe", self.recipe, tuple(RECIPES))
         for field, value in RECIPES[self.recipe].items():
             if getattr(self, field) is None:
                 setattr(self, field, value)
         num_labels = kwargs.get("num_labels")
+        _check_id2label(self.id2label)
         if num_labels is not None and not isinstance(num_labels, int):
             raise ValueError(f"Expected num_labels to be an integer of at least 2, but got {num_labels!r}.")
         if num_labels is not None and self.id2label is not None and len(self.id2label) != num_labels:
@@ -123,10 +128,24 @@ class JEIDNNConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.check()
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers, but a file that is missing, broken or no mapping is an error, not a default config."""
+        where = f"Expected the config.json of a JEI-DNN at {str(pretrained_model_name_or_path)!r}, but"
+        try:
+            values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (OSError, HFValidationError) as error:
+            raise OSError(f"{where} it cannot be read: {' '.join(str(error).split())}") from error
+        except TypeError as error:
+            raise ValueError(f"{where} it holds no mapping.") from error
+        if not isinstance(values, Mapping) or not values:
+            raise ValueError(f"{where} there is none, or it holds no mapping.")
+        return values, kwargs
+
     def check(self) -> None:
         """A ValueError where a field is out of range; again when a model is built, as fields can be set since."""
-        if self.backbone_weights is not None:
-            self.backbone_weights = str(self.backbone_weights)
+        if isinstance(self.backbone_weights, os.PathLike):
+            self.backbone_weights = os.fspath(self.backbone_weights)
         _check_one_of("problem_type", self.problem_type, PROBLEM_COSTS)
         least = 2 if self.problem_type is None else 1
         if not isinstance(self.num_labels, int) or self.num_labels < least:
@@ -148,12 +167,16 @@ class JEIDNNConfig(PreTrainedConfig):
             raise ValueError(f"Expected image_size to be a positive integer, but got {self.image_size!r}.")
         if not isinstance(self.exit_threshold, int | float) or not 0 <= self.exit_threshold < 1:
             raise ValueError(f"Expected exit_threshold in [0, 1), but got {self.exit_threshold!r}.")
+        if self.mul_adds is not None:
+            _check_mul_adds(self.mul_adds)
         self.lam = check_lam(self.lam)
         if self.has_lam_range and self.gate == "linear":
             raise ValueError(f"Expected gate='shared' for a range of lambdas {self.lam}, but got gate='linear'.")
         if self.current_lam is None:
             self.current_lam = math.sqrt(self.lam[0] * self.lam[1]) if self.has_lam_range else self.lam
         self.check_lam_in_range(self.current_lam)
+        for field, hint in inspect.get_annotations(JEIDNNConfig, eval_str=True).items():
+            check_type(field, getattr(self, field), hint)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> JEIDNNConfig:
@@ -206,6 +229,19 @@ def check_lam(lam: float | Sequence[float]) -> float | list[float]:
     if len(values) != 2 or not 0 < values[0] < values[1]:
         raise ValueError(f"Expected a range of lambdas [low, high] with 0 < low < high, but got {lam!r}.")
     return [float(v) for v in values]
+
+
+def _check_id2label(names: Any) -> None:
+    whole = isinstance(names, Mapping) and {str(key) for key in names} == {str(k) for k in range(len(names))}
+    if names is not None and not whole:
+        raise ValueError(f"Expected id2label to map 0 to num_labels - 1 to names, but got {names!r}.")
+
+
+def _check_mul_adds(table: Mapping[str, Any]) -> None:
+    counts = table.get("backbone") if isinstance(table, Mapping) else None
+    whole = isinstance(counts, Sequence) and len(counts) > 0 and all(type(count) is int for count in counts)
+    if not whole or list(counts) != sorted(set(counts)) or counts[0] < 1:
+        raise ValueError(f"Expected mul_adds with rising counts of Mul-Adds under 'backbone', but got {table!r}.")
 
 
 def _check_one_of(field: str, value: Any, allowed) -> None:

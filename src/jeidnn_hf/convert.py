@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .backbones.loading import fingerprint, pretrained_cfg, read_state_dict
 from .configuration_jeidnn import JEIDNNConfig
+from .files import written_whole
 from .modeling_jeidnn import JEIDNNForImageClassification
 
 _STATISTICS_ORDER = [0, 1, 3, 2]
@@ -37,7 +38,8 @@ def convert(source: str | Path, output_dir: str | Path, backbone: str, lam: floa
     state = {key.removeprefix("module."): value for key, value in read_state_dict(source, nested=True).items()}
     exits = {key: state.pop(key) for key in list(state) if key.startswith(("intermediate_heads.", "gates."))}
     output_dir = Path(output_dir)
-    classes, side = len(state["head.weight"]) if "head.weight" in state else 0, _image_size(state)
+    side = _image_size(state)
+    classes = state["head.weight"].shape[0] if "head.weight" in state else 0
     if exits and lam is None:
         raise ValueError("Expected the lambda that this JEI-DNN checkpoint was trained with, but got none; pass it.")
     config = JEIDNNConfig(
@@ -45,17 +47,20 @@ def convert(source: str | Path, output_dir: str | Path, backbone: str, lam: floa
     )
     model = JEIDNNForImageClassification(config)
     _load(model.backbone.model, state, source)
-    output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / "backbone.safetensors"
-    save_file({key: value.contiguous() for key, value in model.backbone.model.state_dict().items()}, path)
     written = f"{path} ({classes} classes, {side} px, {fingerprint(model.backbone.model.state_dict())[:12]})"
-    if not exits:
-        return f"wrote {written}"
-    _load(model.heads, {f"modules_by_exit.{_exit(key)}": v for key, v in exits.items() if "heads" in key}, source)
-    model.policy.gates.load_state_dict(_gates(exits, model.backbone.num_exits - 1))
-    config.backbone_weights, config.backbone_fingerprint = str(path), fingerprint(model.backbone.model.state_dict())
-    model.save_pretrained(output_dir)
-    return f"wrote {written} and the model of lambda {lam:g} in {output_dir}"
+    if exits:
+        heads = {f"modules_by_exit.{_exit(key)}": value for key, value in exits.items() if "heads" in key}
+        _load(model.heads, heads, source)
+        _load(model.policy.gates, _gates(exits, model.backbone.num_exits - 1), source)
+        config.backbone_weights = str(path)
+        config.backbone_fingerprint = fingerprint(model.backbone.model.state_dict())
+    with written_whole(output_dir) as temporary:
+        tensors = {key: value.contiguous() for key, value in model.backbone.model.state_dict().items()}
+        save_file(tensors, temporary / path.name)
+        if exits:
+            model.save_pretrained(temporary)
+    return f"wrote {written}" + (f" and the model of lambda {lam:g} in {output_dir}" if exits else "")
 
 
 def _exit(key: str) -> str:
@@ -69,12 +74,14 @@ def _gates(exits: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
         bias = torch.cat([exits[f"gates.{l}.linear.bias"] for l in range(count)])
     except KeyError as error:
         raise ValueError(f"Expected {count} gates in the checkpoint, but there is no {error}.") from error
+    except (IndexError, RuntimeError) as error:
+        raise ValueError(f"Expected gates of shape (1, 4) in the checkpoint, but got others: {error}.") from error
     return {"weight": weight, "bias": bias}
 
 
 def _image_size(state: Mapping[str, Tensor]) -> int:
     """From the position table ``(1, 1 + (side / 16)^2, C)``."""
-    if "pos_embed" not in state:
+    if "pos_embed" not in state or state["pos_embed"].dim() != 3:
         raise ValueError(f"Expected a T2T-ViT checkpoint with 'pos_embed', but got keys like {sorted(state)[:3]}.")
     return 16 * round((state["pos_embed"].shape[1] - 1) ** 0.5)
 

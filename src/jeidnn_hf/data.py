@@ -78,8 +78,9 @@ def load_source(
         files = _find_files(spec, data_files, data_dir)
         try:
             loaded = datasets.load_dataset("parquet", data_files=files)
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise ValueError(f"Expected readable parquet files, but got {error.__cause__!r} from {files}.") from error
+        except (datasets.exceptions.DatasetGenerationError, pa.ArrowInvalid) as error:
+            cause = " ".join(repr(error.__cause__ or error).split())
+            raise ValueError(f"Expected readable parquet files, but got {cause} from {files}.") from error
     splits = {**loaded, "train": loaded[spec.train_split], "test": loaded[spec.test_split]}
     return {split: _standardise(spec, split, rows) for split, rows in splits.items()}
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .files import write_text
 from .gates import ExitPolicy
 from .metrics import (
     auroc,
@@ -138,7 +139,7 @@ class EvaluationReport:
             raise ValueError(f"Expected a report as it was saved, but {where} has {error}; evaluate again.") from error
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False), encoding="utf-8")
+        write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False))
 
     @classmethod
     def load(cls, path: str | Path) -> EvaluationReport:

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from .backbones import StagedBackbone, fingerprint
 from .data import ImageView, Preprocessing
+from .files import clear_write_errors
 from .splits import Splits
 
 _SAVE_EVERY = 32  # batches between notes of progress
@@ -70,7 +71,8 @@ def cache_features(
         dtype: what is stored; float16 halves the size, float32 keeps every bit.
 
     Raises:
-        ValueError: not enough room on the disk.
+        ValueError: not enough room on the disk for the file.
+        WriteError: (an OSError) no room left on the way; a later call goes on from what was noted.
     """
     if dtype not in (torch.float16, torch.float32):
         raise ValueError(f"Expected dtype float16 or float32, but got {dtype}.")
@@ -79,8 +81,9 @@ def cache_features(
     key = cache_key(backbone, images, split, dtype)
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"features-{name}.safetensors"
+    with clear_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"features-{name}.lock"):
         if not path.exists():
             _extract(backbone, images, key, path, dtype, batch_size, description)
@@ -124,12 +127,12 @@ def _extract(backbone, images, key, path: Path, dtype, batch_size: int, descript
             raise ValueError(
                 f"Expected {size / 1e9:.2f} GB free for the features in {path.parent}, but got {free / 1e9:.2f} GB."
             )
-        with open(partial, "wb") as file:
+        with clear_write_errors(partial), open(partial, "wb") as file:
             file.write(header)
             file.truncate(size)
-        _matrix(partial, offsets["labels"], "int64", (rows,))[:] = images.labels.numpy()
-        _matrix(partial, offsets["index"], "int64", (rows,))[:] = images.indices
-    features = _matrix(partial, offsets["features"], key["dtype"], (rows, width))
+            for name, numbers in (("labels", images.labels.numpy()), ("index", images.indices)):
+                file.seek(offsets[name])
+                file.write(numbers.tobytes())
     device = next(backbone.parameters()).device
     with torch.inference_mode(), tqdm(total=rows, initial=done, desc=description, unit="img") as bar:
         for number, start in enumerate(range(done, rows, batch_size), start=1):
@@ -141,20 +144,21 @@ def _extract(backbone, images, key, path: Path, dtype, batch_size: int, descript
                     f"Expected finite features within {key['dtype']}, but got others in rows {start} to {stop - 1}; "
                     "check the images, or pass dtype=torch.float32."
                 )
-            features[start:stop] = rows_now.numpy()
+            with clear_write_errors(partial):  # an ordinary write: a full disk under a memory map kills the process
+                with open(partial, "r+b") as file:
+                    file.seek(offsets["features"] + start * width * dtype.itemsize)
+                    file.write(rows_now.numpy().tobytes())
+                if number % _SAVE_EVERY == 0:
+                    progress.write_text(json.dumps({"rows": stop}))
             bar.update(stop - start)
-            if number % _SAVE_EVERY == 0:
-                features.flush()
-                progress.write_text(json.dumps({"rows": stop}))
-    features.flush()
     partial.replace(path)
     progress.unlink(missing_ok=True)
 
 
 def _rows_done(progress: Path) -> int:
     try:
-        return json.loads(progress.read_text())["rows"]
-    except (OSError, ValueError):
+        return int(json.loads(progress.read_text())["rows"])
+    except (OSError, ValueError, KeyError, TypeError):
         return 0
 
 
@@ -170,10 +174,6 @@ def _header(layout: dict, key: dict[str, Any]) -> tuple[bytes, dict[str, int], i
     body += b" " * (-len(body) % 8)
     header = len(body).to_bytes(8, "little") + body
     return header, {name: start + len(header) for name, start in places.items()}, end + len(header)
-
-
-def _matrix(path: Path, offset: int, dtype: str, shape: tuple[int, ...]) -> np.memmap:
-    return np.memmap(path, dtype=dtype, mode="r+", offset=offset, shape=shape)
 
 
 class FeatureCache:
@@ -198,7 +198,9 @@ class FeatureCache:
             ) from error
         if key is not None and key != self.key:
             other = sorted(name for name in key if key[name] != self.key.get(name))
-            raise ValueError(f"Expected features made with the same {other} in {str(path)!r}; remove the file.")
+            raise ValueError(
+                f"Expected features made with the same {other} in {str(path)!r}, but got others; remove the file."
+            )
 
     def __len__(self) -> int:
         return len(self.labels)

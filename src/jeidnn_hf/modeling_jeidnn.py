@@ -7,11 +7,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,6 +24,7 @@ from .backbones.loading import HUB_WEIGHTS, STORED_WEIGHTS
 from .checkpoints import FROM_THE_HUB, check_checkpoint, one_line_errors
 from .configuration_jeidnn import JEIDNNConfig
 from .costs import ExitCosts, exit_costs
+from .files import written_whole
 from .gates import GATES, LearnedGates
 from .heads import ExitHeads
 from .objectives import PROBLEM_COSTS, expected_cost, task_cost, total_cost
@@ -188,6 +191,13 @@ class JEIDNNForImageClassification(PreTrainedModel):
                 f"Expected complete weights in {str(pretrained_model_name_or_path)!r}, but got a broken file "
                 f"({error}); fetch it again."
             ) from error
+        except (OSError, HFValidationError) as error:
+            if str(error).startswith("Expected "):
+                raise
+            raise OSError(
+                f"Expected a checkpoint with model.safetensors at {str(pretrained_model_name_or_path)!r}, but got: "
+                f"{' '.join(str(error).split())}"
+            ) from error
         for key, found, expected in sorted(info["mismatched_keys"]):
             if takes_other_shapes and not key.startswith("backbone."):
                 continue
@@ -207,6 +217,12 @@ class JEIDNNForImageClassification(PreTrainedModel):
             )
         if not model.config.save_backbone and model.config.backbone_weights is not None:
             model._restore_backbone(weights_file)
+        for name, tensor in chain(model.named_parameters(), model.heads.named_buffers()):
+            if not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"Expected finite weights in {str(pretrained_model_name_or_path)!r}, but got NaN or infinity in "
+                    f"{name}; train it again with a smaller learning rate."
+                )
         model.backbone.freeze()
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu":
@@ -216,7 +232,13 @@ class JEIDNNForImageClassification(PreTrainedModel):
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
-        """As in transformers. The backbone is stored only where it cannot be rebuilt from its name and weights."""
+        """As in transformers, but whole or not at all: an earlier model in the folder stays until this one is complete.
+
+        The backbone is stored only where it cannot be rebuilt from its name and weights.
+
+        Raises:
+            WriteError: (an OSError) a full disk, a folder that is a file or cannot be written to.
+        """
         if self.backbone.model_dtype is torch.float32:
             found = fingerprint(self.backbone.model.state_dict())
             if found != self.config.backbone_fingerprint and self.config.backbone_weights is not None:
@@ -226,12 +248,11 @@ class JEIDNNForImageClassification(PreTrainedModel):
         self._choose_what_is_stored()
         push_to_hub = kwargs.pop("push_to_hub", False)
         push = {key: kwargs.pop(key) for key in _OF_A_PUSH if key in kwargs}
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        if not is_main_process:
-            return
-        if self.config.backbone_weights == STORED_WEIGHTS and not self.config.save_backbone:
-            self._save_backbone(save_directory)
-        if push_to_hub:
+        with written_whole(save_directory) as temporary:
+            super().save_pretrained(temporary, is_main_process, *args, **kwargs)
+            if is_main_process and self.config.backbone_weights == STORED_WEIGHTS and not self.config.save_backbone:
+                self._save_backbone(temporary)
+        if push_to_hub and is_main_process:
             self.push_to_hub(**{"repo_id": Path(save_directory).name, **push})
 
     def push_to_hub(self, *args, **kwargs):
@@ -291,9 +312,9 @@ class JEIDNNForImageClassification(PreTrainedModel):
         if exit_features is not None:
             self._check_features(exit_features)
         inputs = [pixel_values] if exit_features is None else list(exit_features)
-        batch = len(inputs[0])
         for tensor in inputs:
             _check_numbers("pixel_values" if exit_features is None else "exit_features", tensor)
+        batch = inputs[0].shape[:1].numel()
         lam = self._check_lam(lam, batch, inputs[0].device)
         if labels is not None:
             labels = self._check_labels(labels, batch)
@@ -332,10 +353,10 @@ class JEIDNNForImageClassification(PreTrainedModel):
 
     def _early_exit(self, pixel_values: Tensor, lam: float | Tensor) -> JEIDNNOutput:
         """After each exit the samples that leave are dropped from every state; the rest goes on."""
+        state, head_carry, policy_carry = self.backbone.stem(pixel_values), None, None
         rows = torch.arange(len(pixel_values), device=pixel_values.device)
         exit_index = torch.empty_like(rows)
         logits = None
-        state, head_carry, policy_carry = self.backbone.stem(pixel_values), None, None
         for l in range(self.backbone.num_exits):
             state = self.backbone.stage(l, state)
             answers, head_carry = self.heads.step(l, self.backbone.exit_feature(l, state), head_carry)
@@ -459,6 +480,8 @@ class JEIDNNForImageClassification(PreTrainedModel):
         return features.split(self.backbone.exit_dims, dim=1)
 
     def _check_features(self, features: Sequence[Tensor]) -> None:
+        if not all(isinstance(z, Tensor) for z in features):
+            raise ValueError(f"Expected exit_features as tensors, but got {[type(z).__name__ for z in features]}.")
         shapes = [tuple(z.shape) for z in features]
         expected = [(shapes[0][0] if shapes else "batch", d) for d in self.backbone.exit_dims]
         if shapes != expected:
@@ -478,7 +501,8 @@ def portable(model: JEIDNNForImageClassification) -> Iterator[None]:
 
 
 def _check_numbers(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise ValueError(f"Expected {name} of floating-point numbers, but got {tensor.dtype}.")
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"Expected {name} of floating-point numbers, but got {got}.")
     if not torch.isfinite(tensor).all():
         raise ValueError(f"Expected {name} without NaN or infinity, but got some; check the preprocessing or the data.")

@@ -27,6 +27,7 @@ from .conformal import (
     thresholds_of_scores,
     true_scores,
 )
+from .files import write_text
 from .gates import ExitPolicy
 from .record import ExitRecord, check_disjoint
 from .splits import SplitInfo
@@ -181,7 +182,7 @@ class OperatingPoint:
     def save(self, folder: str | Path) -> None:
         """Writes ``calibration.json``, +infinity as the string "inf"."""
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        Path(folder, FILE_NAME).write_text(text, encoding="utf-8")
+        write_text(Path(folder, FILE_NAME), text)
 
     @classmethod
     def load(cls, folder: str | Path) -> OperatingPoint:

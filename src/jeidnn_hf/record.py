@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .costs import ExitCosts
+from .files import written_whole
 from .splits import SplitInfo
 
 
@@ -60,6 +61,9 @@ class ExitRecord:
                 f"Expected logits (N, L, K) and labels (N,) with N > 0, but got {tuple(self.logits.shape)} and "
                 f"{tuple(self.labels.shape)}."
             )
+        if not self.logits.is_floating_point() or self.labels.dtype is not torch.int64:
+            got = f"{self.logits.dtype} and {self.labels.dtype}"
+            raise ValueError(f"Expected floating-point logits and integer labels (int64), but got {got}.")
         if not 0 <= int(self.labels.min()) <= int(self.labels.max()) < self.logits.shape[2]:
             raise ValueError(
                 f"Expected labels in 0..{self.logits.shape[2] - 1}, but got {int(self.labels.min())} to "
@@ -87,14 +91,13 @@ class ExitRecord:
 
     def save(self, folder: str | Path) -> None:
         """Writes ``record.safetensors`` and ``record.json``."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {"logits": self.logits.contiguous(), "labels": self.labels.contiguous()}
         if self.index is not None:
             tensors["index"] = self.index.contiguous()
-        save_file(tensors, folder / "record.safetensors")
         described = {"costs": self.costs.to_dict(), "split": self.split.to_dict(), "backbone": self.backbone}
-        (folder / "record.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+        with written_whole(folder) as temporary:
+            save_file(tensors, temporary / "record.safetensors")
+            (temporary / "record.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> ExitRecord:

@@ -16,6 +16,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from .files import write_text
+
 ROLES = ("train", "validation", "calibration", "test")
 
 
@@ -75,7 +77,7 @@ class Splits:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes one JSON file: the row numbers, the identity of each role and a sha256 over them all."""
-        Path(path).write_text(json.dumps(self._content()), encoding="utf-8")
+        write_text(path, json.dumps(self._content()))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Self:

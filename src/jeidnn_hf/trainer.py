@@ -23,6 +23,7 @@ from transformers import EarlyStoppingCallback, Trainer
 
 from .backbones.loading import STORED_WEIGHTS
 from .data import collate
+from .files import WriteError, clear_write_errors
 from .held_out import fit_ensemble, fit_gates
 from .modeling_jeidnn import JEIDNNForImageClassification
 from .objectives import (
@@ -307,12 +308,20 @@ class JEIDNNTrainer(Trainer):
         return super()._determine_best_metric(metrics, trial)
 
     def _save_checkpoint(self, model, trial) -> None:
-        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        os.makedirs(folder, exist_ok=True)
-        if self.args.should_save:
-            with open(os.path.join(folder, STATE_NAME), "w", encoding="utf-8") as file:
-                json.dump({"pos_weight": self._pos_weight, "pos_weight_epoch": self._pos_weight_epoch}, file)
-        super()._save_checkpoint(model, trial)
+        """One that cannot be written to its end is removed again, and ends the run in a WriteError."""
+        run = self._get_output_dir(trial=trial)
+        folder = os.path.join(run, f"checkpoint-{self.state.global_step}")
+        try:
+            with clear_write_errors(folder):
+                os.makedirs(folder, exist_ok=True)
+                if self.args.should_save:
+                    with open(os.path.join(folder, STATE_NAME), "w", encoding="utf-8") as file:
+                        json.dump({"pos_weight": self._pos_weight, "pos_weight_epoch": self._pos_weight_epoch}, file)
+                super()._save_checkpoint(model, trial)
+        except WriteError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            good = last_checkpoint(run) or "the beginning, as no checkpoint is complete"
+            raise WriteError(f"{error} Make room and start again: the run can go on from {good}.") from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """transformers copies its own files only from the checkpoint to the folder that it pushes."""
