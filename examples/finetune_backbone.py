@@ -24,7 +24,7 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
 
-from jeidnn_hf.backbones import build_model, fingerprint, pretrained_cfg
+from jeidnn_hf.backbones import build_model, fingerprint
 from jeidnn_hf.cli import exit_status
 from jeidnn_hf.data import ImageView, Preprocessing, collate
 from jeidnn_hf.files import written_whole
@@ -121,10 +121,7 @@ def finetune(options: argparse.Namespace) -> None:
     name, side = choice["backbone"], choice.get("image_size")
     model = build_model(name, num_classes=0, image_size=side, weights=choice["weights"])
     model.reset_classifier(num_classes)
-    cfg, changes = pretrained_cfg(name), choice.get("preprocessing", {})
-    if unknown := [key for key in changes if key not in cfg]:
-        raise ValueError(f"Expected the keys of preprocessing among {sorted(cfg)}, but got {unknown}.")
-    preprocessing = Preprocessing.from_pretrained_cfg({**cfg, **changes}, side)
+    preprocessing = Preprocessing.of_backbone(name, side, changes=choice.get("preprocessing"))
     images = {
         role: ImageView(sources[source], rows, preprocessing) for role, (source, rows) in splits.roles.items()
     }  # fmt: skip

@@ -19,7 +19,6 @@ import yaml
 from transformers import set_seed
 
 from jeidnn_hf import JEIDNNForImageClassification
-from jeidnn_hf.backbones import pretrained_cfg
 from jeidnn_hf.cli import exit_status
 from jeidnn_hf.data import Preprocessing
 from jeidnn_hf.feature_cache import cached_role
@@ -66,11 +65,12 @@ def train(options: argparse.Namespace) -> None:
         started = time.perf_counter()
         set_seed(trainings[name].seed)
         names = sources["train"].features["label"].names
-        model = JEIDNNForImageClassification.from_backbone_pretrained(
-            **{"id2label": dict(enumerate(names)), **models[name]}
+        choice = {"id2label": dict(enumerate(names)), **models[name]}
+        changes = choice.pop("preprocessing", None)
+        model = JEIDNNForImageClassification.from_backbone_pretrained(**choice)
+        preprocessing = Preprocessing.of_backbone(
+            model.config.backbone, model.config.image_size, model.config.num_channels, changes
         )
-        cfg = pretrained_cfg(model.config.backbone)
-        preprocessing = Preprocessing.from_pretrained_cfg(cfg, model.config.image_size, model.config.num_channels)
         cache = Path(data.get("cache_dir") or output_dir / "cache")
         views = range(data.get("views", 1))
         features = cached_role(model.backbone, sources, splits, "train", preprocessing, cache, views=views)

@@ -128,11 +128,10 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _figures(options: argparse.Namespace) -> None:
-    from .plots import draw_figures
-    from .reports import load_curves
+    from .runs import draw_run
 
     folder = options.output_dir or options.run_dir / "figures"
-    paths = draw_figures(load_curves(options.run_dir), folder)
+    paths = draw_run(options.run_dir, folder)
     print(json.dumps([str(path) for path in paths], indent=1) if options.json else f"{len(paths)} files in {folder}")
 
 

@@ -7,22 +7,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import yaml
 
 from .checks import check_arguments
-from .data import load_source, read_labels
+from .sources import Source, load_source, source_options, split_source
 from .splits import Splits, make_splits
 from .training_args import JEIDNNTrainingArguments
 
 
 @dataclass
 class DataSection:
-    """Which images: arguments of ``data.load_source`` and ``splits.make_splits``, views and place of the cache."""
+    """Which images: arguments of ``sources.load_source`` and ``splits.make_splits``, views and place of the cache."""
 
     dataset: str
     data_files: dict | None = None
     data_dir: str | None = None
+    streaming: bool = False
+    hub_config: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    train_split: str | None = None
+    test_split: str | None = None
     cache_dir: str | None = None
     views: int = 1
     splits: dict = field(default_factory=dict)
@@ -66,11 +71,8 @@ def read_run_config(path: str | Path, layout: type, output_dir: str | Path | Non
     return config
 
 
-def load_data(data: Mapping[str, Any]) -> tuple[dict[str, datasets.Dataset], Splits]:
+def load_data(data: Mapping[str, Any]) -> tuple[dict[str, Source], Splits]:
     """The source splits and the roles that a data section asks for."""
-    sources = load_source(data["dataset"], data_files=data.get("data_files"), data_dir=data.get("data_dir"))
-    labels = {name: read_labels(rows) for name, rows in sources.items()}
-    num_classes = sources["train"].features["label"].num_classes
-    arguments = {"dataset": data["dataset"], "labels": labels, "num_classes": num_classes, **data.get("splits", {})}
-    check_arguments("splits", arguments, make_splits)
-    return sources, make_splits(**arguments)
+    check_arguments("splits", {"dataset": "", "labels": {}, **data.get("splits", {})}, make_splits)
+    sources = load_source(data["dataset"], **source_options(data))
+    return sources, split_source(data["dataset"], sources, **data.get("splits", {}))

@@ -1,0 +1,254 @@
+"""A run folder: what ``examples/train.py`` left behind, and what evaluating it adds.
+
+    RUN/config.yaml, RUN/splits.json        the choices, and which images play which role
+    RUN/<model>/                            one saved model per run
+    RUN/<model>/records/<role>-<sha>/       its answers on a role (`ExitRecord`), kept for every later question
+    RUN/reports/<curve>.json                `EvaluationReport`s, see ``reports.py``
+    RUN/evaluation.json                     the summary: accuracy at budgets, per method
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from .configuration_jeidnn import JEIDNNConfig
+from .costs import ExitCosts
+from .data import ImageView, Preprocessing
+from .evaluation import EvaluationReport, evaluate
+from .feature_cache import CachedFeatures, cached_role
+from .files import write_text
+from .metrics import accuracy_at_cost
+from .modeling_jeidnn import JEIDNNForImageClassification
+from .operating_point import OperatingPoint
+from .policies import ConfidenceThreshold
+from .record import ExitRecord
+from .reports import FOLDER, load_curves, load_logs, save_curve
+from .run_config import TrainConfig, read_run_config
+from .sources import Source, load_source, source_options
+from .splits import Splits
+
+BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+ALPHAS = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04, 0.045, 0.05, 0.1)
+"""The paper's steps of .005 up to .05, for its search and its Figure 5c, and .1."""
+HELD_OUT = ("validation", "calibration", "test")
+
+
+@dataclass
+class RunFolder:
+    """Read access to a run folder; a ValueError where it is none."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.folder)
+        if not self.names:
+            raise ValueError(f"Expected models that train.py saved in {str(self.folder)!r}, but found none.")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return read_run_config(self.folder / "config.yaml", TrainConfig, self.folder)
+
+    @cached_property
+    def splits(self) -> Splits:
+        return Splits.load(self.folder / "splits.json")
+
+    @cached_property
+    def sources(self) -> dict[str, Source]:
+        return load_source(self.config["data"]["dataset"], **source_options(self.config["data"]))
+
+    @property
+    def names(self) -> list[str]:
+        """The models, in order of name."""
+        return sorted(path.parent.name for path in self.folder.glob("*/model.safetensors"))
+
+    def model(self, name: str) -> JEIDNNForImageClassification:
+        return JEIDNNForImageClassification.from_pretrained(self.folder / name)
+
+    def images(self, model: JEIDNNForImageClassification, role: str, limit: int | None = None) -> ImageView:
+        """The pictures of a role as the model sees them."""
+        source, rows = self.splits.roles[role]
+        return ImageView(self.sources[source], rows[:limit], self.preprocessing(model))
+
+    def preprocessing(self, model: JEIDNNForImageClassification) -> Preprocessing:
+        config, changes = model.config, self.config["model"].get("preprocessing")
+        return Preprocessing.of_backbone(config.backbone, config.image_size, config.num_channels, changes)
+
+    def features(self, model: JEIDNNForImageClassification, role: str) -> CachedFeatures:
+        """The role's exit features in float32, from the cache or into it."""
+        cache = Path(self.config["data"].get("cache_dir") or self.folder / "cache")
+        options = {"dtype": torch.float32}
+        return cached_role(model.backbone, self.sources, self.splits, role, self.preprocessing(model), cache, **options)
+
+    def records(
+        self, name: str, model: JEIDNNForImageClassification | None = None, roles: Sequence[str] = HELD_OUT
+    ) -> dict[str, ExitRecord]:
+        """What a model answers on the held-out roles, computed once for these weights."""
+        weights = hashlib.sha256((self.folder / name / "model.safetensors").read_bytes()).hexdigest()[:12]
+        records = {}
+        for role in roles:
+            folder = self.folder / name / "records" / f"{role}-{weights}"
+            if not (folder / "record.json").exists():
+                model = model or self.model(name)
+                ExitRecord.of(model, self.features(model, role), self.splits.info(role)).save(folder)
+            records[role] = ExitRecord.load(folder)
+        return records
+
+    def native_accuracy(self, model: JEIDNNForImageClassification, role: str = "test") -> float | None:
+        """Accuracy of the frozen backbone's own classifier; None where the last exit does not keep it."""
+        if not model.backbone.native_head:
+            return None
+        views = self.features(model, role).views
+        logits = views[0].features[:, -model.backbone.exit_dims[-1] :]
+        return float((logits.argmax(1) == views[0].labels).double().mean())
+
+
+def kind_of(name: str) -> str:
+    """The method that a run's name belongs to: ``paper-lam0.3`` and ``default-27-seed1`` without lambda and seed."""
+    return re.sub(r"-(lam|seed)[^-]*", "", name)
+
+
+def seed_of(name: str) -> int:
+    found = re.search(r"-seed(\d+)", name)
+    return int(found[1]) if found else 0
+
+
+def evaluate_run(
+    folder: str | Path,
+    *,
+    num_lambdas: int = 10,
+    num_thresholds: int = 20,
+    speed_images: int = 0,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Evaluates every model of a run folder on the test role, and writes reports and summary.
+
+    A checkpoint for a range of lambdas is asked at ``num_lambdas`` of them. For every kind of exits one calibrated
+    max-probability threshold over the same heads, fitted on ``validation``, is evaluated as well.
+
+    Returns:
+        The summary: ``backbone_accuracy``, ``budgets``, ``accuracy_at_budget`` per method (mean over seeds; None below
+        a method's cheapest point), ``speed`` per model.
+    """
+    run = RunFolder(Path(folder))
+    curves: dict[str, dict[int, list[EvaluationReport]]] = defaultdict(lambda: defaultdict(list))
+    native, speeds = None, {}
+    for name in tqdm(run.names, desc="models", disable=quiet):
+        model = run.model(name)
+        records = run.records(name, model)
+        native = run.native_accuracy(model) if native is None else native
+        config, kind, seed = model.config, kind_of(name), seed_of(name)
+        lams = np.geomspace(*config.lam, num_lambdas).tolist() if config.has_lam_range else [config.lam]
+        reports = [_evaluate(records, model.policy, lam) for lam in lams]
+        if speed_images:
+            half = min(reports, key=lambda report: abs(report.normalised_mul_adds - 0.5))
+            speeds[name] = measure_speed(model, run.images(model, "test", speed_images), half.lam)
+            half.images_per_second = {key: speeds[name][key] for key in ("early", "full")}
+        curves[kind][seed] += reports
+        OperatingPoint.fit(
+            model.policy, records["validation"], records["calibration"], lam=config.current_lam
+        ).save(run.folder / name)
+        costs = records["test"].normalised_costs
+        budgets = np.linspace(float(costs[0]) + 0.02, float(costs[-1]), num_thresholds).tolist()
+        thresholds = [ConfidenceThreshold.fit(records["validation"], budget=budget) for budget in budgets]
+        curves[f"{kind} heads, threshold"][seed] += [_evaluate(records, policy) for policy in thresholds]
+    for method, by_seed in curves.items():
+        for seed, reports in by_seed.items():
+            path = run.folder / FOLDER / f"{re.sub('[^a-z0-9.]+', '-', method)}-seed{seed}.json"
+            save_curve(path, method, seed, reports)
+    table = {method: accuracy_at_budgets(by_seed.values()) for method, by_seed in curves.items()}
+    summary = {
+        "dataset": run.config["data"]["dataset"],
+        "backbone_accuracy": native,
+        "budgets": list(BUDGETS),
+        "accuracy_at_budget": table,
+        "speed": speeds,
+    }
+    write_text(run.folder / "evaluation.json", json.dumps(summary, indent=1))
+    return summary
+
+
+def _evaluate(records: dict[str, ExitRecord], policy, lam: float | None = None) -> EvaluationReport:
+    validation, calibration, test = (records[role] for role in HELD_OUT)
+    point = OperatingPoint.fit(policy, validation, calibration, lam=lam, alphas=ALPHAS)
+    return evaluate(test, policy, lam, point=point, others=(validation, calibration))
+
+
+def accuracy_at_budgets(curves, budgets: Sequence[float] = BUDGETS) -> list[float | None]:
+    """Mean over curves (seeds) of the accuracy at each share of the Mul-Adds; None where a curve does not reach it."""
+    at = []
+    for reports in curves:
+        costs = torch.tensor([report.normalised_mul_adds for report in reports])
+        accuracies = torch.tensor([report.accuracy for report in reports])
+        at.append([accuracy_at_cost(costs, accuracies, budget) for budget in budgets])
+    return [None if np.isnan(value) else float(value) for value in np.mean(at, axis=0)]
+
+
+@torch.inference_mode()
+def measure_speed(
+    model: JEIDNNForImageClassification, images: ImageView, lam: float, batch_size: int = 64
+) -> dict[str, float]:
+    """Images per second from pixels, stopping early and not, the share of the Mul-Adds, and how often both agree."""
+    batches = [
+        images.__getitems__(range(start, min(start + batch_size, len(images))))["pixel_values"].to(model.device)
+        for start in range(0, len(images), batch_size)
+    ]
+    answers, seconds = {}, {"early": [], "full": []}
+    for _ in range(3):
+        for name, all_exits in (("early", None), ("full", True)):
+            started = time.perf_counter()
+            answers[name] = [model(pixels, lam=lam, output_all_exits=all_exits) for pixels in batches]
+            if model.device.type == "cuda":
+                torch.cuda.synchronize(model.device)
+            seconds[name].append(time.perf_counter() - started)
+    agree, spent = [], []
+    for early, full in zip(answers["early"], answers["full"], strict=True):
+        same = (early.exit_index == full.exit_index) & (early.logits.argmax(-1) == full.logits.argmax(-1))
+        agree.append(same)
+        spent.append(early.mul_adds)
+    return {
+        "lam": lam,
+        "early": len(images) / min(seconds["early"]),
+        "full": len(images) / min(seconds["full"]),
+        "mul_adds": float(torch.cat(spent).double().mean()) / model.costs.backbone[-1],
+        "agree": float(torch.cat(agree).float().mean()),
+    }
+
+
+def draw_run(folder: str | Path, output_dir: str | Path) -> list[Path]:
+    """Figures, tables and their page ``figures.md`` of an evaluated run folder; returns the files."""
+    from .figures import draw_figures
+
+    folder = Path(folder)
+    curves = load_curves(folder)
+    summary = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    costs = {}
+    for path in sorted(folder.glob("*/config.json")):
+        config = JEIDNNConfig.from_pretrained(path.parent)
+        costs.setdefault(f"{config.backbone}, {kind_of(path.parent.name)}", ExitCosts.from_dict(config.mul_adds))
+    native = summary["backbone_accuracy"]
+    return draw_figures(curves, output_dir, backbone_accuracy=native, logs=load_logs(folder), costs=costs)
+
+
+def budget_table(summary: dict[str, Any]) -> str:
+    """The summary as Markdown: test accuracy in percent at a share of the backbone's Mul-Adds."""
+    lines = ["| method | " + " | ".join(f"{budget:g}" for budget in summary["budgets"]) + " |"]
+    lines.append("|---" * (1 + len(summary["budgets"])) + "|")
+    for method, values in sorted(summary["accuracy_at_budget"].items()):
+        cells = ["-" if value is None else f"{100 * value:.2f}" for value in values]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    if summary["backbone_accuracy"] is not None:
+        lines.append(f"\nfrozen backbone: {100 * summary['backbone_accuracy']:.2f} at 1.0")
+    return "\n".join(lines)
