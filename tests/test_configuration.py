@@ -122,6 +122,15 @@ def test_a_newer_format_is_refused(tmp_path, version):
         ({"num_labels": 1}, r"^Expected num_labels of at least 2, but got 1\.$"),
         ({"num_labels": 0}, r"^Expected num_labels of at least 2, but got 0\.$"),
         ({"id2label": {0: "cat"}}, r"^Expected num_labels of at least 2, but got 1\.$"),
+        ({"problem_type": "ranking"}, r"^Expected problem_type to be one of \(.*'regression'\), but got 'ranking'\.$"),
+        (
+            {"problem_type": "regression"},
+            r"^Expected ensemble=False for problem_type='regression', but got ensemble=True; it combines ",
+        ),
+        (
+            {"problem_type": "regression", "recipe": "paper", "num_labels": 0},
+            r"^Expected num_labels of at least 1, but got 0\.$",
+        ),
         (
             {"num_labels": 3, "id2label": {0: "cat", 1: "dog"}},
             r"^Expected as many id2label entries as num_labels=3, but got 2\.$",
@@ -144,6 +153,35 @@ def test_labels():
     config = JEIDNNConfig(num_labels=2, id2label={0: "cat", 1: "dog"})
     assert config.num_labels == 2 and config.id2label == {0: "cat", 1: "dog"}
     assert JEIDNNConfig(id2label={0: "a", 1: "b", 2: "c"}).num_labels == 3
+
+
+def test_problem_types():
+    assert JEIDNNConfig().has_classes and JEIDNNConfig(problem_type="single_label_classification").has_classes
+    for problem_type in ("regression", "multi_label_classification"):
+        config = JEIDNNConfig(recipe="paper", problem_type=problem_type, num_labels=1)
+        assert config.num_labels == 1 and not config.has_classes
+        assert not JEIDNNConfig(problem_type=problem_type, ensemble=False).has_classes
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ({}, ["cat", "dog"]),
+        ({"num_labels": 2}, ["cat", "dog"]),
+        ({"num_labels": 3}, ["LABEL_0", "LABEL_1", "LABEL_2"]),
+        ({"id2label": {0: "x", 1: "y", 2: "z"}}, ["x", "y", "z"]),
+        ({"id2label": {0: "x", 1: "y", 2: "z"}, "num_labels": 3}, ["x", "y", "z"]),
+    ],
+)
+def test_labels_given_anew_replace_those_of_the_file(given, names, tmp_path):
+    JEIDNNConfig(id2label={0: "cat", 1: "dog"}).save_pretrained(tmp_path)
+    config = JEIDNNConfig.from_pretrained(tmp_path, **given)
+    assert config.id2label == dict(enumerate(names)) and config.num_labels == len(names)
+    if given.keys() - {"num_labels"} or len(names) == 3:
+        assert config.label2id == {name: i for i, name in enumerate(names)}
+    if "id2label" in given:
+        with pytest.raises(ValueError, match=r"^Expected as many id2label entries as num_labels=4, but got 3\.$"):
+            JEIDNNConfig.from_pretrained(tmp_path, **given | {"num_labels": 4})
 
 
 # Lambda

@@ -257,13 +257,14 @@ def test_statistics_by_hand():
     hand = {
         (0.25, 0.25, 0.25, 0.25): [0.25, 2 * ln2, 2 * ln2, 0.0],
         (0.0, 1.0): [1.0, 0.0, 0.0, 1.0],
+        (1.0,): [1.0, 0.0, 0.0, 1.0],
         (0.25, 0.5, 0.25): [0.5, 1.5 * ln2, math.log(6) - 4 / 6 * math.log(4), 0.25],  # p^2 ~ (1, 4, 1)
     }
     for probs, expected in hand.items():
         close(uncertainty_statistics(torch.tensor(probs).double()), torch.tensor(expected, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("classes", [2, 3, 100])
+@pytest.mark.parametrize("classes", [1, 2, 3, 100])
 def test_gradient_is_finite_at_one_hot_probabilities(classes):
     probs = torch.eye(classes, requires_grad=True)
     uncertainty_statistics(probs).sum().backward()

@@ -122,6 +122,32 @@ def test_one_decision_at_once_step_by_step_and_with_samples_dropped(form, rule, 
         assert torch.equal(decide(logits, lam)[clear], expected)
 
 
+@pytest.mark.parametrize("rule", EXIT_RULES)
+@forms
+@torch.no_grad()
+def test_a_decision_is_its_three_parts_from_one_look_at_the_gates(form, rule, monkeypatch):
+    logits, lam = 2 * torch.randn(50, 6, 5), torch.empty(50).uniform_(*LAM_RANGE)
+    policy = LearnedGates(shared_gates(5, 5), 6, form, rule)
+    seen, forward = [], policy.gates.forward
+    monkeypatch.setattr(policy.gates, "forward", lambda *args: seen.append(args) or forward(*args))
+    torch.manual_seed(1)
+    decision = policy(logits, lam)
+    assert len(seen) == 1 and len(decision.exit_index.unique()) > 1
+    torch.manual_seed(1)
+    parts = policy.decide(logits, lam), policy.distribution(logits, lam), policy.gate_values(logits, lam)
+    torch.manual_seed(1)
+    general = ExitPolicy.forward(policy, logits, lam)
+    for found, part, expected in zip(decision, parts, general, strict=True):
+        assert torch.equal(found, part) and torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_gates_of_a_single_label_see_the_same_in_every_sample():
+    for gates in (linear_gates(3, 1), shared_gates(3, 1)):
+        decision = LearnedGates(gates, 4, "stick")(torch.randn(20, 4, 1), 0.5)
+        assert decision.gate_values.isfinite().all() and len(decision.gate_values.unique(dim=0)) == 1
+
+
 @pytest.mark.parametrize(
     "decide",
     [

@@ -303,6 +303,16 @@ def test_task_costs_by_hand():
         torch.testing.assert_close(cost, torch.tensor(values, dtype=torch.float32), rtol=0, atol=1e-6)
 
 
+def test_task_costs_of_several_labels_and_of_regression_by_hand():
+    ln3 = np.log(3)
+    logits = torch.tensor([[[ln3, 0.0], [-ln3, ln3]]], dtype=torch.float64)  # chances 3/4 1/2, then 1/4 3/4
+    several = task_cost(logits, torch.tensor([[1.0, 0.0]], dtype=torch.float64), "binary_cross_entropy")
+    expected = [[np.log(4 / 3) + np.log(2), np.log(4) + np.log(4)]]
+    torch.testing.assert_close(several, torch.tensor(expected) / 2)
+    numbers = task_cost(torch.tensor([[[1.0, 4.0], [3.0, 0.0]]]), torch.tensor([[2.0, 0.0]]), "squared_error")
+    assert numbers.tolist() == [[8.5, 0.5]]
+
+
 def test_lambda_may_differ_from_sample_to_sample():
     task, mul_adds = torch.rand(3, 2), torch.tensor([0.5, 1.0])
     cost = total_cost(task, mul_adds, torch.tensor([0.0, 1.0, 4.0]))

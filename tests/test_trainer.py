@@ -380,6 +380,9 @@ def test_wrong_data_and_arguments(data, images, tmp_path):
     ranged = build("default")
     with pytest.raises(ValueError, match="Expected one lambda for gates_on='train'"):
         JEIDNNTrainer(ranged, arguments(tmp_path), *data(ranged))
+    model.config.problem_type = "regression"
+    with pytest.raises(ValueError, match="^Expected a model of single labels, but got problem_type='regression'"):
+        JEIDNNTrainer(model, arguments(tmp_path), train, validation)
     for wrong, message in {
         "bi_switch": "Expected bi_switch to be positive, but got 0",
         "warmup_epochs": "Expected warmup_epochs not to be negative, but got -1",

@@ -116,6 +116,9 @@ def test_steps_one_after_the_other_are_the_decision(seed, threshold, exits, clas
     assert torch.equal(exit_index, decided) and not len(there)
     assert torch.equal(policy.distribution(record.logits).argmax(-1), decided)
     assert policy.distribution(record.logits).sum(-1).eq(1).all() and policy.gate_values(record.logits) is None
+    exit_index, distribution, gate_values = policy(record.logits)
+    assert torch.equal(exit_index, decided) and gate_values is None
+    assert torch.equal(distribution, policy.distribution(record.logits))
 
 
 def test_confidence_is_the_calibrated_maximum_and_the_inequality_strict():
