@@ -17,7 +17,7 @@ from jeidnn_hf import ExitRecord, JEIDNNConfig, JEIDNNForImageClassification
 from jeidnn_hf.costs import ExitCosts
 from jeidnn_hf.data import ImageView, Preprocessing
 from jeidnn_hf.feature_cache import CachedFeatures, cache_features
-from jeidnn_hf.record import collect_logits
+from jeidnn_hf.record import check_comparable, check_disjoint, collect_logits
 from jeidnn_hf.splits import SplitInfo
 
 COSTS = ExitCosts(backbone=(40, 100, 200), pooling=(1, 2, 2), heads=(5, 10, 15), gates=(2, 4, 4))
@@ -80,6 +80,7 @@ def test_cached_features_answer_as_pixels_do(images, recipe, tmp_path):
         torch.testing.assert_close(other.logits, record.logits, rtol=0, atol=1e-4)
         assert torch.equal(other.labels, record.labels)
     assert record.costs == model.costs and record.split == split_of(18) and record.num_exits == 3
+    assert record.index.tolist() == other.index.tolist() == [*range(3, 20), 0]
     assert record.backbone is model.config.backbone_fingerprint is None
     model.config.backbone_fingerprint = "a" * 64
     assert ExitRecord.of(model, cached, split_of(18)).backbone == "a" * 64
@@ -90,6 +91,7 @@ def test_several_views_are_several_answers(images, tmp_path):
     view = cache_features(model.backbone, images, "s", tmp_path, dtype=torch.float32)
     record = ExitRecord.of(model, CachedFeatures([view, view]), split_of(36), batch_size=13)
     assert record.logits.shape == (36, 3, 4) and torch.equal(record.labels, images.labels.repeat(2))
+    assert record.index.tolist() == [*range(3, 20), 0] * 2
     torch.testing.assert_close(record.logits[:18], record.logits[18:], rtol=1e-5, atol=1e-6)
 
 
@@ -156,10 +158,69 @@ def test_wrong_shapes_and_no_images_are_refused(logits, labels):
         ExitRecord(torch.zeros(logits), torch.zeros(labels, dtype=torch.int64), COSTS, split_of(6))
 
 
+@pytest.mark.parametrize("label", [-1, 4])
+def test_labels_out_of_range_are_refused(label):
+    labels = torch.tensor([0, 1, 2, 3, 0, label])
+    with pytest.raises(ValueError, match=f"^Expected labels in 0..3, but got {min(label, 0)} to {max(label, 3)}.$"):
+        ExitRecord(torch.zeros(6, 3, 4), labels, COSTS, split_of(6))
+
+
+def test_an_index_of_other_images_is_refused():
+    with pytest.raises(ValueError, match=r"^Expected an index \(6,\), but got \(5,\).$"):
+        record_of(index=torch.arange(5))
+
+
 @pytest.mark.parametrize("exits", [1, 2, 4])
 def test_costs_of_other_exits_are_refused(exits):
     with pytest.raises(ValueError, match=f"Expected costs of {exits} exits, but got 3"):
         ExitRecord(torch.zeros(6, exits, 4), torch.zeros(6, dtype=torch.int64), COSTS, split_of(6))
+
+
+# ---- two records of one network
+
+
+def record_as(role: str, rows, source: str = "s", dataset: str = "toy", sha256: str = "a", **options) -> ExitRecord:
+    split = SplitInfo(dataset, role, source, len(rows), sha256 * 64)
+    return ExitRecord(torch.zeros(len(rows), 3, 4), torch.zeros(len(rows), dtype=torch.int64), COSTS, split, **options)
+
+
+def indexed(role: str, rows, **options) -> ExitRecord:
+    return record_as(role, rows, index=torch.tensor(rows), **options)
+
+
+def test_records_of_other_networks_are_not_comparable():
+    first = record_as("test", range(5), backbone="b" * 64)
+    check_comparable(first, record_as("validation", range(9), backbone="b" * 64, sha256="c"))
+    with pytest.raises(ValueError, match="^Expected test and validation .* same dataset, but got toy and d"):
+        check_comparable(first, record_as("validation", range(5), dataset="d", backbone="b" * 64))
+    with pytest.raises(ValueError, match=f"records of the same backbone, but got {'b' * 64} and {'c' * 64}"):
+        check_comparable(first, record_as("test", range(5), backbone="c" * 64))
+    with pytest.raises(ValueError, match=f"records of the same backbone, but got {'b' * 64} and None"):
+        check_comparable(first, record_as("test", range(5)))
+    other = record_as("test", range(5), backbone="b" * 64)
+    other.logits = torch.zeros(5, 3, 7)
+    with pytest.raises(ValueError, match=r"same exits and classes, but got \(3, 4\) and \(3, 7\)"):
+        check_comparable(first, other)
+
+
+def test_images_in_two_records_are_refused():
+    check_disjoint(indexed("test", [0, 1, 2]), indexed("calibration", [3, 4]))
+    check_disjoint(indexed("test", [0, 1]), indexed("validation", [0, 1], source="other"))  # rows of another file
+    for role in ("train", "validation", "calibration"):
+        with pytest.raises(ValueError, match=f"^Expected test and {role} records without .*, but got 2 images"):
+            check_disjoint(indexed("test", [0, 1, 2]), indexed(role, [5, 2, 0, 2], sha256="c"))
+    with pytest.raises(ValueError, match="calibration and train records .*, but got 1 images of 's'"):
+        check_disjoint(indexed("calibration", [7, 8]), indexed("train", range(8)[1:], sha256="c"))
+    with pytest.raises(ValueError, match="^Expected a record of held-out images, but got one of the role 'train'.$"):
+        check_disjoint(indexed("train", [0, 1]), indexed("test", [2]))
+    with pytest.raises(ValueError, match="of the same backbone"):
+        check_disjoint(indexed("test", [0]), indexed("calibration", [1], backbone="c" * 64))
+
+
+def test_without_row_numbers_the_hash_of_the_split_tells():
+    check_disjoint(record_as("test", range(4)), record_as("calibration", range(4), sha256="c"))
+    with pytest.raises(ValueError, match="without a common image, but got 4 images of 's' in both"):
+        check_disjoint(record_as("test", range(4)), indexed("calibration", [0, 1, 2, 3]))
 
 
 # ---- files
@@ -168,13 +229,14 @@ def test_costs_of_other_exits_are_refused(exits):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("backbone", [None, "b" * 64])
 def test_a_record_comes_back_bit_for_bit(tmp_path, dtype, backbone):
-    record = record_of(backbone=backbone)
+    record = record_of(backbone=backbone, index=torch.tensor([9, 8, 7, 3, 2, 1]) if backbone else None)
     record.logits = record.logits.to(dtype)
     record.save(tmp_path / "deep" / "folder")
     loaded = ExitRecord.load(str(tmp_path / "deep" / "folder"))
     assert torch.equal(loaded.logits, record.logits) and loaded.logits.dtype == dtype
     assert torch.equal(loaded.labels, record.labels) and loaded.labels.dtype == torch.int64
     assert loaded.costs == COSTS and loaded.split == record.split and loaded.backbone == backbone
+    assert loaded.index is None if backbone is None else torch.equal(loaded.index, record.index)
 
 
 def test_a_record_is_safetensors_and_json(tmp_path):

@@ -35,7 +35,8 @@ class ConformalScore:
     Args:
         name: one of SCORES.
         free_ranks, penalty: of raps; to be chosen on other data than the calibration set's, see ``choose_raps``.
-        seed: of u, one draw per sample; None: u = 1, which covers more, and the same set comes out each time.
+        seed: of u, one draw per sample, which coverage is a statement over too: another seed for each repetition of an
+            experiment. None: u = 1, which covers more and depends on no draw.
     """
 
     name: str = "lac"
@@ -64,11 +65,11 @@ class ConformalScore:
         probs = probs.double()
         if self.name == "lac":
             return 1 - probs
-        ranked, order = probs.sort(-1, descending=True, stable=True)
+        ranked, order = probs.sort(dim=-1, descending=True, stable=True)
         scores = ranked.cumsum(-1) - (1 - self._uniforms(probs, stream)) * ranked
         if self.name == "raps":
-            beyond = torch.arange(1, probs.shape[-1] + 1, device=probs.device) - self.free_ranks
-            scores = scores + self.penalty * beyond.clamp_min(0)
+            rank = torch.arange(1, probs.shape[-1] + 1, dtype=probs.dtype, device=probs.device)
+            scores = scores + self.penalty * (rank - self.free_ranks).clamp_min(0)
         return torch.empty_like(scores).scatter_(-1, order, scores)
 
     def _uniforms(self, probs: Tensor, stream: int) -> Tensor:

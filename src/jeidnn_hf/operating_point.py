@@ -66,6 +66,10 @@ class OperatingPoint:
     calibration: SplitInfo | None = None
 
     def __post_init__(self) -> None:
+        for method, by_alpha in self.thresholds.items():
+            check_method(method)
+            for alpha in by_alpha:
+                check_alpha(alpha)
         rows = [thresholds for by_alpha in self.thresholds.values() for thresholds in by_alpha.values()]
         lengths = sorted({len(row) for row in (self.temperatures, self.groups, *rows)})
         if len(lengths) != 1:

@@ -71,6 +71,8 @@ class ExitRecord:
             )
         if self.logits.shape[1] != len(self.costs.total):
             raise ValueError(f"Expected costs of {self.logits.shape[1]} exits, but got {len(self.costs.total)}.")
+        if self.index is not None and self.index.shape != self.labels.shape:
+            raise ValueError(f"Expected an index {tuple(self.labels.shape)}, but got {tuple(self.index.shape)}.")
         if not torch.isfinite(self.logits).all():
             raise ValueError("Expected logits without NaN or infinity, but got some.")
 
