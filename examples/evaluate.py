@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from accelerate import PartialState
 
 from jeidnn_hf import EvaluationReport, ExitRecord, JEIDNNForImageClassification, evaluate
 from jeidnn_hf.backbones import pretrained_cfg
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--num_lambdas", type=int, default=10)
     parser.add_argument("--speed_images", type=int, default=1024, help="images to time; 0: none")
     options = parser.parse_args()
+    state = PartialState(cpu=not torch.accelerator.is_available())  # several processes share the passes over images
     data = yaml.safe_load((options.folder / "config.yaml").read_text())["data"]
     sources = load_source(data["dataset"], data_files=data.get("data_files"), data_dir=data.get("data_dir"))
     splits = Splits.load(options.folder / "splits.json")
@@ -60,6 +62,8 @@ def main() -> None:
             if role == "test":
                 last = features.views[0].features[:, -model.backbone.exit_dims[-1] :]
                 native = float((last.argmax(1) == records[role].labels).float().mean())
+        if not state.is_main_process:
+            continue
         test, config = records["test"], model.config
         if config.has_lam_range:
             lams, dense = (np.geomspace(*config.lam, n).tolist() for n in (options.num_lambdas, 61))
@@ -96,6 +100,8 @@ def main() -> None:
             )
         results.append(result)
 
+    if not state.is_main_process:
+        return
     print("\ntest accuracy (%) at a share of the backbone's Mul-Adds, by interpolation")
     print(f"frozen backbone: {100 * native:.2f} at 1.0")
     print(f"{'method':<28}" + "".join(f"{b:>8.1f}" for b in BUDGETS))

@@ -9,11 +9,12 @@ folder. A run that is already saved is left alone, an interrupted one goes on fr
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from pathlib import Path
 
+import torch
 import yaml
+from accelerate import PartialState
 from transformers import set_seed
 
 from jeidnn_hf import JEIDNNForImageClassification
@@ -34,21 +35,21 @@ def main() -> None:
     config = yaml.safe_load(options.config.read_text())
     output_dir = options.output_dir or Path(config["output_dir"])
     output_dir.mkdir(parents=True, exist_ok=True)
-    is_main = int(os.environ.get("RANK", "0")) == 0  # of the processes that torchrun or accelerate started
+    state = PartialState(cpu=not torch.accelerator.is_available())  # the processes that torchrun or accelerate started
 
     data = config["data"]
     sources = load_source(data["dataset"], data_files=data.get("data_files"), data_dir=data.get("data_dir"))
     labels = {name: read_labels(rows) for name, rows in sources.items()}
     num_classes = sources["train"].features["label"].num_classes
     splits = make_splits(data["dataset"], labels, num_classes=num_classes, **data.get("splits", {}))
-    if is_main:
+    if state.is_main_process:
         (output_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         splits.save(output_dir / "splits.json")
 
     for name in options.run or config["runs"]:
         run = config["runs"][name]
         if (output_dir / name / "model.safetensors").exists():
-            print(f"{name}: already trained, in {output_dir / name}")
+            state.print(f"{name}: already trained, in {output_dir / name}")
             continue
         started = time.perf_counter()
         training = {**config.get("training", {}), **run.get("training", {})}
@@ -69,7 +70,7 @@ def main() -> None:
         trainer.train(resume_from_checkpoint=True)
         metrics = trainer.evaluate()
         trainer.save_state()
-        if is_main:
+        if state.is_main_process:
             model.save_pretrained(folder)
             print(
                 f"{name}: validation accuracy {metrics['eval_accuracy']:.4f} at {metrics['eval_mul_adds']:.3f} of the "
