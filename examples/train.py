@@ -9,13 +9,14 @@ folder. A run that is already saved is left alone, an interrupted one goes on fr
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import yaml
+from accelerate import PartialState
 from transformers import set_seed
 
 from jeidnn_hf import JEIDNNForImageClassification
@@ -43,7 +44,7 @@ def train(options: argparse.Namespace) -> None:
     output_dir = Path(config["output_dir"])
     if unknown := sorted(set(options.run or ()) - config["runs"].keys()):
         raise ValueError(f"Expected runs among {list(config['runs'])}, but got {unknown}.")
-    is_main = int(os.environ.get("RANK", "0")) == 0  # of the processes that torchrun or accelerate started
+    state = PartialState(cpu=not torch.accelerator.is_available())  # the processes that torchrun or accelerate started
 
     data = config["data"]
     sources, splits = load_data(data)
@@ -54,13 +55,13 @@ def train(options: argparse.Namespace) -> None:
             raise ValueError(f"Expected a backbone in the model of {name}, but got {list(models[name])} only.")
         training = {**config.get("training", {}), **run.get("training", {})}
         trainings[name] = JEIDNNTrainingArguments(**{"output_dir": str(output_dir / name / "checkpoints"), **training})
-    if is_main:
+    if state.is_main_process:
         write_text(output_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         splits.save(output_dir / "splits.json")
 
     for name in options.run or config["runs"]:
         if (output_dir / name / "model.safetensors").exists():
-            print(f"{name}: already trained, in {output_dir / name}")
+            state.print(f"{name}: already trained, in {output_dir / name}")
             continue
         started = time.perf_counter()
         set_seed(trainings[name].seed)
@@ -80,7 +81,7 @@ def train(options: argparse.Namespace) -> None:
         trainer.train(resume_from_checkpoint=True)
         metrics = trainer.evaluate()
         trainer.save_state()
-        if is_main:
+        if state.is_main_process:
             model.save_pretrained(folder)
             print(
                 f"{name}: validation accuracy {metrics['eval_accuracy']:.4f} at {metrics['eval_mul_adds']:.3f} of the "

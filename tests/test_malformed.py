@@ -23,8 +23,9 @@ from jeidnn_hf import EvaluationReport, ExitRecord, JEIDNNConfig, JEIDNNForImage
 from jeidnn_hf.backbones import build_model
 from jeidnn_hf.cli import main
 from jeidnn_hf.costs import ExitCosts
-from jeidnn_hf.data import ImageView, Preprocessing, load_source
+from jeidnn_hf.data import ImageView, Preprocessing
 from jeidnn_hf.feature_cache import CachedFeatures, FeatureCache, cache_features
+from jeidnn_hf.sources import load_source
 from jeidnn_hf.splits import SplitInfo, Splits
 
 ROOT = Path(__file__).parents[1]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -20,18 +22,27 @@ from .splits import SplitInfo
 def collect_logits(model, images: Dataset, batch_size: int = 512, members: bool = False) -> tuple[Tensor, Tensor]:
     """Logits ``(N, L, K)`` of all exits and labels ``(N,)`` on a data set of pixels or cached features, on the CPU.
 
+    Processes that train together take turns at the batches and all get all answers, those of one process to the bit,
+    so all of them have to call this.
+
     ``members``: the IMs' own logits, before the ensemble.
     """
     answer = model.heads.members if members else model.heads
-    logits, labels, device = [], [], model.device
-    for start in range(0, len(images), batch_size):
+    together = dist.is_available() and dist.is_initialized()
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    pieces, device = [], model.device
+    for start in range(rank * batch_size, len(images), processes * batch_size):
         batch = images.__getitems__(range(start, min(start + batch_size, len(images))))
         if "exit_features" in batch:
             features = model.split_features(batch["exit_features"].to(device))
         else:
             features = model.backbone(batch["pixel_values"].to(device))
-        logits.append(answer(features).cpu())
-        labels.append(batch["labels"])
+        pieces.append((start, answer(features).cpu(), batch["labels"]))
+    if processes > 1:
+        everyones = [None] * processes
+        dist.all_gather_object(everyones, pieces)
+        pieces = sorted(sum(everyones, []), key=itemgetter(0))
+    _, logits, labels = zip(*pieces, strict=True)
     return torch.cat(logits), torch.cat(labels)
 
 
@@ -87,7 +98,7 @@ class ExitRecord:
 
     @classmethod
     def of(cls, model, images: Dataset, split: SplitInfo, batch_size: int = 512) -> ExitRecord:
-        """Evaluates every exit of a model on a data set of pixels or of cached features."""
+        """Evaluates every exit of a model on a data set of pixels or of cached features, see ``collect_logits``."""
         logits, labels = collect_logits(model, images, batch_size)
         return cls(logits, labels, model.costs, split, model.config.backbone_fingerprint, images.index)
 

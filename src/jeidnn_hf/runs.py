@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from .configuration_jeidnn import JEIDNNConfig
@@ -97,14 +98,17 @@ class RunFolder:
     ) -> dict[str, ExitRecord]:
         """What a model answers on the held-out roles, computed once for these weights."""
         weights = hashlib.sha256((self.folder / name / "model.safetensors").read_bytes()).hexdigest()[:12]
-        records = {}
-        for role in roles:
-            folder = self.folder / name / "records" / f"{role}-{weights}"
-            if not (folder / "record.json").exists():
-                model = model or self.model(name)
-                ExitRecord.of(model, self.features(model, role), self.splits.info(role)).save(folder)
-            records[role] = ExitRecord.load(folder)
-        return records
+        folders = {role: self.folder / name / "records" / f"{role}-{weights}" for role in roles}
+        missing = [role for role, folder in folders.items() if not (folder / "record.json").exists()]
+        state = PartialState(cpu=not torch.accelerator.is_available())  # several processes share the passes over images
+        state.wait_for_everyone()
+        for role in missing:
+            model = model or self.model(name)
+            record = ExitRecord.of(model, self.features(model, role), self.splits.info(role))
+            if state.is_main_process:
+                record.save(folders[role])
+        state.wait_for_everyone()
+        return {role: ExitRecord.load(folder) for role, folder in folders.items()}
 
     def native_accuracy(self, model: JEIDNNForImageClassification, role: str = "test") -> float | None:
         """Accuracy of the frozen backbone's own classifier; None where the last exit does not keep it."""
@@ -143,6 +147,7 @@ def evaluate_run(
         a method's cheapest point), ``speed`` per model.
     """
     run = RunFolder(Path(folder))
+    state = PartialState(cpu=not torch.accelerator.is_available())
     curves: dict[str, dict[int, list[EvaluationReport]]] = defaultdict(lambda: defaultdict(list))
     native, speeds = None, {}
     for name in tqdm(run.names, desc="models", disable=quiet):
@@ -157,17 +162,13 @@ def evaluate_run(
             speeds[name] = measure_speed(model, run.images(model, "test", speed_images), half.lam)
             half.images_per_second = {key: speeds[name][key] for key in ("early", "full")}
         curves[kind][seed] += reports
-        OperatingPoint.fit(
-            model.policy, records["validation"], records["calibration"], lam=config.current_lam
-        ).save(run.folder / name)
+        point = OperatingPoint.fit(model.policy, records["validation"], records["calibration"], lam=config.current_lam)
+        if state.is_main_process:
+            point.save(run.folder / name)
         costs = records["test"].normalised_costs
         budgets = np.linspace(float(costs[0]) + 0.02, float(costs[-1]), num_thresholds).tolist()
         thresholds = [ConfidenceThreshold.fit(records["validation"], budget=budget) for budget in budgets]
         curves[f"{kind} heads, threshold"][seed] += [_evaluate(records, policy) for policy in thresholds]
-    for method, by_seed in curves.items():
-        for seed, reports in by_seed.items():
-            path = run.folder / FOLDER / f"{re.sub('[^a-z0-9.]+', '-', method)}-seed{seed}.json"
-            save_curve(path, method, seed, reports)
     table = {method: accuracy_at_budgets(by_seed.values()) for method, by_seed in curves.items()}
     summary = {
         "dataset": run.config["data"]["dataset"],
@@ -176,6 +177,12 @@ def evaluate_run(
         "accuracy_at_budget": table,
         "speed": speeds,
     }
+    if not state.is_main_process:
+        return summary
+    for method, by_seed in curves.items():
+        for seed, reports in by_seed.items():
+            path = run.folder / FOLDER / f"{re.sub('[^a-z0-9.]+', '-', method)}-seed{seed}.json"
+            save_curve(path, method, seed, reports)
     write_text(run.folder / "evaluation.json", json.dumps(summary, indent=1))
     return summary
 

@@ -104,4 +104,5 @@ class JEIDNNTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"Expected 0 <= imbalance_low <= imbalance_high, but got {self.imbalance_low}, {self.imbalance_high}."
             )
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else torchrun's processes stay strangers
         super().__post_init__()
