@@ -165,6 +165,8 @@ def evaluate_run(
         point = OperatingPoint.fit(model.policy, records["validation"], records["calibration"], lam=config.current_lam)
         if state.is_main_process:
             point.save(run.folder / name)
+        if curves[f"{kind} heads, threshold"][seed]:
+            continue  # heads of the smallest lambda stand for their kind
         costs = records["test"].normalised_costs
         budgets = np.linspace(float(costs[0]) + 0.02, float(costs[-1]), num_thresholds).tolist()
         thresholds = [ConfidenceThreshold.fit(records["validation"], budget=budget) for budget in budgets]
