@@ -31,9 +31,7 @@ from .objectives import PROBLEM_COSTS, expected_cost, task_cost, total_cost
 
 logger = logging.get_logger(__name__)
 
-_DECIDE_COSTS = {
-    "backbone", "backbone_kwargs", "image_size", "num_channels", "exit_stages", "native_head", "num_labels", "id2label",
-}  # fmt: skip
+_DECIDE_COSTS = {"backbone", "backbone_kwargs", "image_size", "num_channels", "exit_stages", "native_head"}
 _OF_A_PUSH = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
 

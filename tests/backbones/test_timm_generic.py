@@ -114,6 +114,8 @@ def test_a_state_is_tensors_with_one_row_per_image_and_can_be_used_again(case):
             assert isinstance(tensor, Tensor) and len(tensor) == 2
             assert_close(other[[1, 0]], tensor, 1e-5)
         sizes.append(len(state))
+        if l < backbone.num_exits - 1:
+            assert backbone.hidden_state(state).shape[1:] == backbone._pieces.shapes[l]
     assert sizes == CASES[case][-1]
 
 
