@@ -67,15 +67,16 @@ def test_options_reach_the_thresholds():
 @pytest.mark.parametrize("name", ["lac", "aps"])
 def test_a_calibration_sample_at_the_threshold_is_in_its_set(name):
     """Thresholds are scores of calibration samples: to the last bit of float64, or the quantile is one too low."""
-    score = ConformalScore(name, seed=None)
-    point = OperatingPoint.fit(POLICY, VALIDATION, CALIBRATION, alphas=(0.1,), score=score)
+    score, alphas = ConformalScore(name, seed=None), (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
+    point = OperatingPoint.fit(POLICY, VALIDATION, CALIBRATION, alphas=alphas, score=score)
     chosen = POLICY.decide(CALIBRATION.logits)
     probs = point.probabilities(CALIBRATION.logits)
-    sets = point.prediction_sets(probs, chosen, 0.1, "general")
-    assert int(sets.gather(1, CALIBRATION.labels[:, None]).sum()) == math.ceil(121 * 0.9)
+    for alpha in alphas:
+        sets = point.prediction_sets(probs, chosen, alpha, "general")
+        assert int(sets.gather(1, CALIBRATION.labels[:, None]).sum()) == math.ceil(121 * (1 - alpha) - 1e-9)
     for i in (0, 50, 119):
         l = int(chosen[i])
-        expected = score(probs[i, l][None])[0] <= point.thresholds_at(0.1, "general")[l]
+        expected = score(probs[i, l][None])[0] <= point.thresholds_at(0.4, "general")[l]
         assert sets[i].tolist() == expected.tolist()
 
 
