@@ -33,15 +33,20 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 def finish(figure: Figure, path: PathLike) -> Figure:
     """One legend below all panels, where it covers nothing; then the file, if it is asked for."""
+    from matplotlib.textpath import TextPath
+
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(text, handle)
+    # in points: the text, hinted, and the handle before it
+    widths = [1.03 * TextPath((0, 0), text, size=10).get_extents().width + 50 for text in handles]
     for columns in range(len(handles), 0, -1):
-        widths = [max(map(len, part.tolist())) + 7 for part in np.array_split(list(handles), columns)]
-        if sum(widths) <= 13 * figure.get_figwidth():  # characters to the inch
+        needed = sum(max(part) for part in np.array_split(widths, columns)) / 72
+        if needed <= figure.get_figwidth():
             break
-    figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(handles) // columns))
+    height = figure.get_figheight() + 0.22 * -(-len(handles) // columns)
+    figure.set_size_inches(max(needed, figure.get_figwidth()), height)
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
     if path is not None:
         save_figure(figure, path)

@@ -186,7 +186,7 @@ def plot_reliability(reports: Mapping[str, EvaluationReport], path: PathLike = N
         x, y = ([100 * v for v in report.reliability[key]] for key in ("confidence", "accuracy"))
         draw_line(axes, x, y, i, f"{name}: ECE {100 * report.ece:.2f} % at {report.normalised_mul_adds:.2f} Mul-Adds")
     low = min(min(r.reliability["confidence"] + r.reliability["accuracy"]) for r in reports.values())
-    limits = (100 * low - 2, 101)
+    limits = (100 * low - 2, 102)
     axes.set(xlabel="mean confidence of a bin (%)", ylabel="accuracy of a bin (%)", xlim=limits, ylim=limits)
     axes.set_aspect("equal")
     return finish(figure, path)
@@ -229,14 +229,14 @@ def plot_training(
     Args:
         logs: run -> ``log_history`` as in ``trainer_state.json``.
     """
+    if not logs:
+        raise ValueError("Expected a training log at least, but got none; keep the trainer's log_history.")
     figure, (axes,) = new_panels(1, title)
     for i, (name, history) in enumerate(logs.items()):
         points = [(entry["epoch"], 100 * entry[metric]) for entry in history if metric in entry]
         if not points:
             raise ValueError(f"Expected {metric!r} in the log of {name!r}, but it has none; set eval_strategy.")
         draw_line(axes, *zip(*points, strict=True), i, name)
-    if not logs:
-        raise ValueError("Expected a training log at least, but got none.")
     axes.set(xlabel="epoch", ylabel=label)
     return finish(figure, path)
 
@@ -257,7 +257,8 @@ def _draw_against_cost(axes: Axes, curves: Curves, measure: Measure) -> int:
 def _draw_curve(
     axes: Axes, seeds: Mapping[int, Sequence[EvaluationReport]], measure: Measure, label: str, i: int
 ) -> int:
-    """A line per seed and its band; ``measure`` gives a value and its interval, or None. Returns how many points."""
+    """A line per seed and its band, a bar for a single point; ``measure`` gives a value and its interval, or None.
+    Returns how many points."""
     drawn = 0
     for reports in seeds.values():
         found = [(r.normalised_mul_adds, measure(r)) for r in reports]
@@ -268,7 +269,10 @@ def _draw_curve(
         draw_line(axes, x, y, i, label)
         if None not in intervals:
             low, high = zip(*intervals, strict=True)
-            axes.fill_between(x, low, high, color=style_of(i)[0], alpha=0.15, lw=0)
+            if len(x) > 1:
+                axes.fill_between(x, low, high, color=style_of(i)[0], alpha=0.15, lw=0)
+            else:
+                axes.vlines(x, low, high, color=style_of(i)[0], lw=1.4)
         drawn, label = drawn + len(points), "_same"
     return drawn
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .costs import ExitCosts
 from .evaluation import EvaluationReport
 
 FOLDER = "reports"
@@ -55,6 +56,15 @@ def load_logs(run_dir: str | Path) -> dict[str, list[dict[str, Any]]]:
         return {path.parent.parent.name: _read(path)["log_history"] for path in paths}
     except (KeyError, TypeError) as error:
         raise ValueError(f"Expected logs of a trainer in {str(run_dir)!r}, but one has no {error}.") from error
+
+
+def load_costs(run_dir: str | Path) -> dict[str, ExitCosts]:
+    """The cost tables of the saved models in a run's folder; models of the same table share it, their names joined."""
+    names: dict[ExitCosts, list[str]] = {}
+    for path in sorted(Path(run_dir).glob("*/config.json")):
+        if table := _read(path).get("mul_adds"):
+            names.setdefault(ExitCosts.from_dict(table), []).append(path.parent.name)
+    return {", ".join(models): table for table, models in names.items()}
 
 
 def at_budget(curves: Curves, budget: float) -> dict[str, EvaluationReport]:

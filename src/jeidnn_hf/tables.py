@@ -112,7 +112,7 @@ def _short(count: float | None) -> str:
     """A count as the paper writes it: 15420, 38.5K, 414.3M."""
     if count is None:
         return "-"
-    for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
-        if count >= 20 * size or (unit != "K" and count >= size):
+    for unit, size, least in (("G", 1e9, 1e10), ("M", 1e6, 1e6), ("K", 1e3, 2e4)):
+        if count >= least:
             return f"{count / size:.4g}{unit}"
     return f"{count:.0f}"
