@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from jeidnn_hf import JEIDNNConfig, JEIDNNForImageClassification, JEIDNNTrainer, JEIDNNTrainingArguments
 from jeidnn_hf.feature_cache import CachedFeatures, FeatureCache
