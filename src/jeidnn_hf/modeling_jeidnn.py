@@ -169,7 +169,7 @@ class JEIDNNForImageClassification(PreTrainedModel):
                     ignore_mismatched_sizes=True,
                     **kwargs,
                 )
-                if model.config.backbone_weights == STORED_WEIGHTS:
+                if model.config.backbone_weights == STORED_WEIGHTS and not model.config.save_backbone:
                     weights_file = cached_file(pretrained_model_name_or_path, STORED_WEIGHTS, **where)
         except SafetensorError as error:
             raise ValueError(
