@@ -1,10 +1,11 @@
-"""What ``test_hub.py`` runs in processes of their own against a `LocalHub`: ``hub_client.py ROLE FOLDER [ARGUMENT]``."""
+"""What ``test_hub.py`` runs in processes of their own: ``hub_client.py ROLE FOLDER [ARGUMENT]``, see `main`."""
 
 from __future__ import annotations
 
 import json
 import runpy
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -55,7 +56,7 @@ def shake(model: JEIDNNForImageClassification, seed: int) -> JEIDNNForImageClass
 def answers(model: JEIDNNForImageClassification) -> dict[str, torch.Tensor]:
     size = model.config.image_size
     noise = torch.randn(24, 3, size, size, generator=torch.Generator().manual_seed(0))
-    output = model(noise * torch.logspace(-1, 1, 24)[:, None, None, None])  # unlike pictures, which leave at unlike exits
+    output = model(noise * torch.logspace(-1, 1, 24)[:, None, None, None])  # unlike pictures leave at unlike exits
     return {"logits": output.logits, "exit_index": output.exit_index, "mul_adds": output.mul_adds}
 
 
@@ -137,9 +138,7 @@ def pull(folder: Path) -> None:
 
 
 def faults(folder: Path, cases: str) -> None:
-    """Loads, pushes or whatever each case says; writes what was raised, and in how long."""
-    import time
-
+    """Loads or pushes, as each case says; writes what was raised, and after how long."""
     raised = {}
     for case, (call, arguments, options) in json.loads(cases).items():
         start = time.perf_counter()

@@ -18,7 +18,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jeidnn_hf import JEIDNNConfig, JEIDNNForImageClassification
-from jeidnn_hf.backbones import pretrained_cfg  # registers resnet20_cifar  # noqa: F401
 from jeidnn_hf.hub import RepoName, build_repo_name, parse_repo_name, push_folder
 from jeidnn_hf.modeling_jeidnn import portable
 
@@ -111,7 +110,7 @@ class Round:
         work.mkdir(exist_ok=True)
         client = [sys.executable, str(Path(__file__).parent / "hub_client.py"), role, str(self.folder), *arguments]
         env = self.hub.env(self.folder / home, token, **env)
-        done = subprocess.run(client, env=env, cwd=work, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(client, env=env, cwd=work, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout + done.stderr
 
@@ -184,21 +183,36 @@ def test_the_trainer_pushes_what_can_be_loaded_at_every_save(pushed):
     assert "README.md" in repo.tree() and not [name for name in repo.tree() if "optimizer" in name]
 
 
-def test_another_process_gets_the_same_answers_then_offline_then_without_a_network(pushed):
+@pytest.fixture(scope="module")
+def pulled(pushed):
+    """What a second process, which had to get the answers of the first, asked of the Hub."""
+    before = len(pushed.hub.requests)
+    pushed.run("pull", home="puller")
+    return pushed.hub.requests[before:]
+
+
+def test_another_process_gets_the_same_answers(pushed, pulled):
     answers = safetensors.torch.load_file(pushed.folder / "answers.safetensors")
     assert not torch.equal(answers["vit/logits"], answers["vit-v2/logits"])
     assert not torch.equal(answers["any-0.1/exit_index"], answers["any-10/exit_index"])
     assert len(answers["any-0.1/exit_index"].unique()) > 1
-
-    hub = pushed.hub
-    asked = len(hub.requests)
-    pushed.run("pull", home="puller")
-    downloads = [path for method, path in hub.requests[asked:] if method == "GET" and "/resolve/" in path]
+    downloads = [path for method, path in pulled if method == "GET" and "/resolve/" in path]
     assert len(downloads) == len(set(downloads)) and any(path.startswith("/timm/") for path in downloads)
-    asked = len(hub.requests)
+
+
+def test_offline_the_cache_is_enough(pushed, pulled):
+    before = len(pushed.hub.requests)
     pushed.run("pull", home="puller", HF_HUB_OFFLINE="1")
-    assert len(hub.requests) == asked
-    pushed.run("pull", home="puller", HF_ENDPOINT="http://127.0.0.1:9")
+    assert len(pushed.hub.requests) == before
+
+
+def test_without_a_network_only_what_is_cached_loads(pushed, pulled):
+    cases = {"here": ("load", [ANY], {}), "not here": ("load", ["org/elsewhere"], {})}
+    pushed.run("faults", json.dumps(cases), home="puller", HF_ENDPOINT="http://127.0.0.1:9")
+    raised = json.loads((pushed.folder / "raised.json").read_text())
+    assert raised["here"] is None
+    assert re.match("We couldn't connect to 'http://127.0.0.1:9'", raised["not here"]["text"])
+    assert "\n" not in raised["not here"]["text"] and "OSError" in raised["not here"]["kinds"]
 
 
 # What goes wrong

@@ -167,8 +167,9 @@ class JEIDNNForImageClassification(PreTrainedModel):
             kwargs["backbone_weights"] = str(kwargs["backbone_weights"])
         if _DECIDE_COSTS & kwargs.keys():
             kwargs.setdefault("mul_adds", None)
-        if not kwargs.setdefault("use_safetensors", True):
+        if kwargs.get("use_safetensors") is False:
             raise ValueError("Expected use_safetensors=True, but got False; weights are never loaded from a pickle.")
+        kwargs["use_safetensors"] = True
         where = {key: kwargs[key] for key in FROM_THE_HUB if key in kwargs}
         weights_file = None
         try:
@@ -182,7 +183,7 @@ class JEIDNNForImageClassification(PreTrainedModel):
                     ignore_mismatched_sizes=True,
                     **kwargs,
                 )
-                if model.config.backbone_weights == STORED_WEIGHTS:
+                if model.config.backbone_weights == STORED_WEIGHTS and not model.config.save_backbone:
                     weights_file = cached_file(pretrained_model_name_or_path, STORED_WEIGHTS, **where)
         except SafetensorError as error:
             raise ValueError(

@@ -6,6 +6,7 @@ epochs, then gates, then inference modules, changing every ``bi_switch`` steps, 
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import shutil
@@ -80,6 +81,9 @@ class JEIDNNTrainer(Trainer):
         args: `JEIDNNTrainingArguments`.
         train_dataset: `CachedFeatures`, or an `ImageView` to train from pixels.
         eval_dataset: the `validation` role, likewise: early stopping, class-imbalance weights, held-out fits.
+
+    With ``push_to_hub=True`` every save is pushed, and `push_to_hub()` after `train()` pushes the trained model, as in
+    transformers; a backbone from a local file goes along.
 
     `evaluate()` reports, per exit, accuracy, mean gate value, share of the samples and the mass left,
     1 - sum_{j<l} P(G=j); and the realised cost: task cost + lambda x Mul-Adds of the exits taken.
@@ -325,9 +329,10 @@ class JEIDNNTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """transformers copies its own files only from the checkpoint to the folder that it pushes."""
-        stored = Path(checkpoint_folder, STORED_WEIGHTS)
+        stored, pushed = (Path(folder, STORED_WEIGHTS) for folder in (checkpoint_folder, self.args.output_dir))
         if self.is_world_process_zero() and stored.exists():
-            shutil.copy(stored, self.args.output_dir)
+            if not pushed.exists() or not filecmp.cmp(stored, pushed, shallow=False):  # it may be on its way just now
+                shutil.copy(stored, pushed)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
