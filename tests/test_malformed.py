@@ -19,12 +19,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from jeidnn_hf import EvaluationReport, ExitRecord, JEIDNNConfig, JEIDNNForImageClassification
+from jeidnn_hf import EvaluationReport, ExitRecord, JEIDNNConfig, JEIDNNForImageClassification, evaluate
 from jeidnn_hf.backbones import build_model
 from jeidnn_hf.cli import main
 from jeidnn_hf.costs import ExitCosts
 from jeidnn_hf.data import ImageView, Preprocessing
 from jeidnn_hf.feature_cache import CachedFeatures, FeatureCache, cache_features
+from jeidnn_hf.policies import ConfidenceThreshold
 from jeidnn_hf.sources import load_source
 from jeidnn_hf.splits import SplitInfo, Splits
 
@@ -36,6 +37,11 @@ BASE = {
 TRAIN = "train-00000-of-00001.parquet"
 NAN = float("nan")
 PREPROCESSING = Preprocessing(16, 1.0, "bilinear", (0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.fixture(autouse=True)
+def no_data_at_hand(monkeypatch):
+    monkeypatch.delenv("JEIDNN_DATA_DIR", raising=False)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -420,14 +426,10 @@ def test_feature_caches(model, cache, tmp_path, name):
 def files(tmp_path) -> Path:
     """A record, splits and a report, to spoil."""
     costs = ExitCosts((10, 20), (0, 0), (1, 1), (1, 1))
-    ExitRecord(torch.zeros(3, 2, 4), torch.tensor([0, 1, 3]), costs, SplitInfo("d", "test", "test", 3, "0")).save(
-        tmp_path
-    )
+    record = ExitRecord(torch.zeros(3, 2, 4), torch.tensor([0, 1, 3]), costs, SplitInfo("d", "test", "test", 3, "0"))
+    record.save(tmp_path)
     Splits("d", 0, {"train": ("train", [0, 1, 2]), "test": ("test", [0, 1])}).save(tmp_path / "splits.json")
-    one = [1.0, 0.0]
-    EvaluationReport(0.5, 1.0, 0.0, 1.0, 1.0, 3, one, one, one, [1.0, None], one, "d", "test", "0").save(
-        tmp_path / "report.json"
-    )
+    evaluate(record, ConfidenceThreshold(torch.ones(2), 0.5)).save(tmp_path / "report.json")
     return tmp_path
 
 
@@ -475,7 +477,7 @@ FILES = {
     "splits, empty": (_write("splits.json", b""), "Splits.save"),
     "splits, missing": (lambda folder: (folder / "splits.json").unlink(), "splits.json"),
     "splits, not UTF-8": (_write("splits.json", b"\xff\xfe"), "Splits.save"),
-    "report, another schema": (lambda folder: _edit_json(folder / "report.json", schema_version=9), "schema 1", "9"),
+    "report, another schema": (lambda folder: _edit_json(folder / "report.json", schema_version=9), "schema 2", "9"),
     "report, broken JSON": (_write("report.json", b'{"lam": '), "report.json"),
     "report, a list": (_write("report.json", b"[]"), "report.json"),
     "report, a field too many": (lambda folder: _edit_json(folder / "report.json", more=1), "report.json", "more"),
@@ -546,7 +548,7 @@ YAMLS = {
     "an unknown section": ({"dta": {}}, "dta", "data"),
     "data, null": ({"data": None}, "data", "None"),
     "data, no name": ({"data.dataset": ...}, "['dataset']"),
-    "data, an unknown name": ({"data.dataset": "mnist"}, "'mnist'", "cifar10"),
+    "data, an unknown name": ({"data.dataset": "mnist", "data.data_dir": None}, "'mnist'", "cifar10"),
     "data, an unknown key": ({"data.view": 2}, "view", "views"),
     "data, text for a number": ({"data.views": "two"}, "views", "'two'"),
     "data, missing folder": ({"data.data_dir": "/nowhere"}, "/nowhere"),
@@ -628,20 +630,15 @@ def test_the_examples_command_lines(cifar, backbone, tmp_path, capfd):
 
 
 EVALUATED = {
-    "a missing folder": (lambda folder: None, [], "config.yaml"),
-    "an empty folder": (lambda folder: folder.mkdir(), [], "config.yaml"),
+    "a missing folder": (lambda folder: None, [], "models", "train.py"),
+    "an empty folder": (lambda folder: folder.mkdir(), [], "models", "train.py"),
     "no splits": (lambda folder: (folder / "splits.json").unlink(), [], "splits.json"),
     "edited splits": (lambda folder: (folder / "splits.json").write_text("{}"), [], "splits.json"),
     "no models": (lambda folder: None, [], "models", "train.py"),
-    "a broken model": (lambda folder: _broken_model(folder), [], "run/one"),
+    "a broken model": (lambda folder: None, [], "run/one"),
     "a broken config": (lambda folder: (folder / "config.yaml").write_text("data: 5"), [], "config.yaml"),
-    "no lambdas": (lambda folder: None, ["--num_lambdas", "0"], "num_lambdas", "0"),
+    "no lambdas": (lambda folder: None, ["--num-lambdas", "0"], "num_lambdas", "0"),
 }
-
-
-def _broken_model(folder: Path) -> None:
-    (folder / "one").mkdir()
-    (folder / "one" / "model.safetensors").write_bytes(b"")
 
 
 @pytest.mark.parametrize("name", EVALUATED)
@@ -652,9 +649,12 @@ def test_evaluate(cifar, backbone, tmp_path, capfd, name):
         folder.mkdir()
         (folder / "config.yaml").write_text(yaml.safe_dump({**train_config(cifar, backbone), "output_dir": "x"}))
         Splits("cifar10", 0, {"train": ("train", range(30)), "test": ("test", range(30))}).save(folder / "splits.json")
+    if folder.is_dir() and "models" not in parts:
+        (folder / "one").mkdir()
+        (folder / "one" / "model.safetensors").write_bytes(b"")
     spoil(folder)
     before = snapshot(tmp_path)
-    failed(capfd, "evaluate.py", example("evaluate")([str(folder), *options]), *parts)
+    failed(capfd, "jeidnn evaluate", main(["evaluate", str(folder), *options]), *parts)
     assert snapshot(tmp_path) == before
 
 

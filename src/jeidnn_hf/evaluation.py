@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_arguments
 from .files import write_text
 from .gates import ExitPolicy
 from .metrics import (
@@ -133,9 +134,10 @@ class EvaluationReport:
         if found != SCHEMA_VERSION:
             expected = f"a report of schema {SCHEMA_VERSION}"
             raise ValueError(f"Expected {expected}, but {where} has {found!r}; evaluate again.")
+        check_arguments(where, values, cls)
         try:
             return cls(**{**values, "sets": [SetReport(**sets) for sets in values["sets"]]})
-        except (KeyError, TypeError) as error:
+        except TypeError as error:
             raise ValueError(f"Expected a report as it was saved, but {where} has {error}; evaluate again.") from error
 
     def save(self, path: str | Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -103,10 +104,15 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of ``values``, one per subset of the test set (Section 5)."""
     values = np.asarray(values, dtype=np.float64)
-    rows = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    rows = _resamples(len(values), resamples, seed)
     tail = 50 * (1 - confidence)
     low, high = np.percentile(values[rows].mean(1), [tail, 100 - tail])
     return float(low), float(high)
+
+
+@lru_cache(maxsize=8)
+def _resamples(count: int, resamples: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(count, size=(resamples, count))
 
 
 def accuracy_at_cost(costs: Tensor, accuracies: Tensor, budget: float) -> float:

@@ -145,7 +145,13 @@ def evaluate_run(
     Returns:
         The summary: ``backbone_accuracy``, ``budgets``, ``accuracy_at_budget`` per method (mean over seeds; None below
         a method's cheapest point), ``speed`` per model.
+
+    Raises:
+        ValueError: no run folder, or a part of it that is missing or changed; numbers out of range.
     """
+    for name, number, least in (("num_lambdas", num_lambdas, 1), ("speed_images", speed_images, 0)):
+        if number < least:
+            raise ValueError(f"Expected {name} of at least {least}, but got {number}.")
     run = RunFolder(Path(folder))
     state = PartialState(cpu=not torch.accelerator.is_available())
     curves: dict[str, dict[int, list[EvaluationReport]]] = defaultdict(lambda: defaultdict(list))
