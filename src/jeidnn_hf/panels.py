@@ -80,6 +80,12 @@ def style_of(i: int) -> tuple[str, str, Any]:
     return COLOURS[i % 7], MARKERS[(i + i // 7) % 7], LINES[i % 4]
 
 
+def nested(i: int, count: int) -> dict[str, float]:
+    """The width of the i-th of ``count`` lines that may coincide: the earlier, the wider, so that all are seen."""
+    size = 1 + (count - 1 - i) / count
+    return {"lw": 1.4 * size, "markersize": 4.5 * size}
+
+
 def draw_line(axes: Axes, x: Sequence[float], y: Sequence[float], i: int, label: str | None, **options: Any) -> None:
     colour, marker, line = style_of(i)
     every = max(1, len(x) // 12)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .evaluation import EvaluationReport
-from .panels import DOTTED, PathLike, draw_line, finish, new_panels, style_of
+from .panels import DOTTED, PathLike, draw_line, finish, nested, new_panels, style_of
 from .reports import Curves, check_comparable
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def plot_conformal_methods(
         for axes, (name, seeds) in zip(panels, curves.items(), strict=True):
             axes.set_title(_with_seeds(name, seeds), fontsize="medium")
             for i, method in enumerate(methods):
-                _draw_curve(axes, seeds, measure(method), method, i)
+                _draw_curve(axes, seeds, measure(method), method, i, **nested(i, len(methods)))
     else:
         for axes, method in zip(panels, methods, strict=True):
             axes.set_title(method, fontsize="medium")
@@ -255,7 +255,7 @@ def _draw_against_cost(axes: Axes, curves: Curves, measure: Measure) -> int:
 
 
 def _draw_curve(
-    axes: Axes, seeds: Mapping[int, Sequence[EvaluationReport]], measure: Measure, label: str, i: int
+    axes: Axes, seeds: Mapping[int, Sequence[EvaluationReport]], measure: Measure, label: str, i: int, **options: Any
 ) -> int:
     """A line per seed and its band, a bar for a single point; ``measure`` gives a value and its interval, or None.
     Returns how many points."""
@@ -266,7 +266,7 @@ def _draw_curve(
         if not points:
             continue
         x, y, intervals = zip(*points, strict=True)
-        draw_line(axes, x, y, i, label)
+        draw_line(axes, x, y, i, label, **options)
         if None not in intervals:
             low, high = zip(*intervals, strict=True)
             if len(x) > 1:
@@ -294,13 +294,11 @@ def _plot_by_exit(
     place = _exit_axis([axes], reports)
     looks = ({"linestyle": "-"}, {"linestyle": ":", "markerfacecolor": "white"})
     for i, (name, report) in enumerate(reports.items()):
-        size = 1 + (len(reports) - 1 - i) / len(reports)  # two policies over the same exits coincide
-        width = {"lw": 1.4 * size, "markersize": 4.5 * size}
         axes.plot([], [], color=style_of(i)[0], marker=style_of(i)[1], linestyle="", label=name)
         for field, look in zip(fields.values(), looks, strict=True):
             points = [(x, 100 * y) for x, y in zip(place(report), getattr(report, field), strict=True) if y is not None]
             if points:
-                draw_line(axes, *zip(*points, strict=True), i, None, **width, **look)
+                draw_line(axes, *zip(*points, strict=True), i, None, **nested(i, len(reports)), **look)
     for text, look in zip(fields, looks, strict=True):
         axes.plot([], [], color="0.4", lw=1.4, linestyle=look["linestyle"], label=text)
     axes.set_ylabel(label)
