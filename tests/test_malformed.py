@@ -630,15 +630,20 @@ def test_the_examples_command_lines(cifar, backbone, tmp_path, capfd):
 
 
 EVALUATED = {
-    "a missing folder": (lambda folder: None, [], "models", "train.py"),
-    "an empty folder": (lambda folder: folder.mkdir(), [], "models", "train.py"),
+    "a missing folder": (lambda folder: None, [], "config.yaml"),
+    "an empty folder": (lambda folder: folder.mkdir(), [], "config.yaml"),
     "no splits": (lambda folder: (folder / "splits.json").unlink(), [], "splits.json"),
     "edited splits": (lambda folder: (folder / "splits.json").write_text("{}"), [], "splits.json"),
     "no models": (lambda folder: None, [], "models", "train.py"),
-    "a broken model": (lambda folder: None, [], "run/one"),
+    "a broken model": (lambda folder: _broken_model(folder), ["--json"], "run/one"),
     "a broken config": (lambda folder: (folder / "config.yaml").write_text("data: 5"), [], "config.yaml"),
     "no lambdas": (lambda folder: None, ["--num-lambdas", "0"], "num_lambdas", "0"),
 }
+
+
+def _broken_model(folder: Path) -> None:
+    (folder / "one").mkdir()
+    (folder / "one" / "model.safetensors").write_bytes(b"")
 
 
 @pytest.mark.parametrize("name", EVALUATED)
@@ -649,9 +654,6 @@ def test_evaluate(cifar, backbone, tmp_path, capfd, name):
         folder.mkdir()
         (folder / "config.yaml").write_text(yaml.safe_dump({**train_config(cifar, backbone), "output_dir": "x"}))
         Splits("cifar10", 0, {"train": ("train", range(30)), "test": ("test", range(30))}).save(folder / "splits.json")
-    if folder.is_dir() and "models" not in parts:
-        (folder / "one").mkdir()
-        (folder / "one" / "model.safetensors").write_bytes(b"")
     spoil(folder)
     before = snapshot(tmp_path)
     failed(capfd, "jeidnn evaluate", main(["evaluate", str(folder), *options]), *parts)

@@ -49,22 +49,16 @@ HELD_OUT = ("validation", "calibration", "test")
 
 @dataclass
 class RunFolder:
-    """Read access to a run folder; a ValueError where it is none."""
+    """Read access to a run folder; a ValueError or an OSError where it is none."""
 
     folder: Path
 
     def __post_init__(self) -> None:
         self.folder = Path(self.folder)
+        self.config = read_run_config(self.folder / "config.yaml", TrainConfig, self.folder)
+        self.splits = Splits.load(self.folder / "splits.json")
         if not self.names:
             raise ValueError(f"Expected models that train.py saved in {str(self.folder)!r}, but found none.")
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        return read_run_config(self.folder / "config.yaml", TrainConfig, self.folder)
-
-    @cached_property
-    def splits(self) -> Splits:
-        return Splits.load(self.folder / "splits.json")
 
     @cached_property
     def sources(self) -> dict[str, Source]:
