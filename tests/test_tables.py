@@ -9,6 +9,7 @@ import pytest
 from jeidnn_hf.costs import ExitCosts
 from jeidnn_hf.tables import (
     TrainingCost,
+    class_groups_table,
     costs_table,
     exits_table,
     markdown_table,
@@ -103,3 +104,14 @@ def test_operating_points_from_cheap_to_dear():
     lam = replace(curve(0, calibrated=False)[0], lam=0.0625)
     (row,) = cells(operating_points_table({"m": {0: [lam]}}))[1:]
     assert row[2] == "0.0625" and row[-2:] == ["-", "-"]
+
+
+def test_groups_of_classes():
+    report = curve(0)[0]
+    report = replace(report, class_accuracy=[0.5, None, 1.0, 0.25])
+    covered = replace(report.set_at(0.1, "gated"), class_coverage=[0.9, 0.8, None, 0.7])
+    report = replace(report, sets=[covered])
+    header, row = cells(class_groups_table({"m": report}, {"many": [0, 1], "few": [2, 3]}, 0.1, "gated"))
+    assert header[2:] == ["many (2): acc. (%)", "many (2): cov. (%)", "few (2): acc. (%)", "few (2): cov. (%)"]
+    assert row[2:] == ["50.00", "85.00", "62.50", "70.00"]
+    assert cells(class_groups_table({"m": replace(report, sets=[])}, {"medium": []}))[1][2:] == ["-", "-"]

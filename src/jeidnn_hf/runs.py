@@ -25,8 +25,6 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from .configuration_jeidnn import JEIDNNConfig
-from .costs import ExitCosts
 from .data import ImageView, Preprocessing
 from .evaluation import EvaluationReport, evaluate
 from .feature_cache import CachedFeatures, cached_role
@@ -36,10 +34,10 @@ from .modeling_jeidnn import JEIDNNForImageClassification
 from .operating_point import OperatingPoint
 from .policies import ConfidenceThreshold
 from .record import ExitRecord
-from .reports import FOLDER, load_curves, load_logs, save_curve
+from .reports import FOLDER, load_costs, load_curves, load_logs, save_curve
 from .run_config import TrainConfig, read_run_config
-from .sources import Source, load_source, source_options
-from .splits import Splits
+from .sources import Source, load_source, read_labels, source_options
+from .splits import Splits, class_groups
 
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 ALPHAS = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04, 0.045, 0.05, 0.1)
@@ -103,6 +101,12 @@ class RunFolder:
                 record.save(folders[role])
         state.wait_for_everyone()
         return {role: ExitRecord.load(folder) for role, folder in folders.items()}
+
+    def class_groups(self) -> dict[str, list[int]]:
+        """Class numbers by their number of training images, of a long-tailed data set; of another, nothing."""
+        source, rows = self.splits.roles["train"]
+        counts = np.bincount(read_labels(self.sources[source])[rows])
+        return {name: k.tolist() for name, k in class_groups(counts).items()} if counts.max() > 2 * counts.min() else {}
 
     def native_accuracy(self, model: JEIDNNForImageClassification, role: str = "test") -> float | None:
         """Accuracy of the frozen backbone's own classifier; None where the last exit does not keep it."""
@@ -243,12 +247,10 @@ def draw_run(folder: str | Path, output_dir: str | Path) -> list[Path]:
     folder = Path(folder)
     curves = load_curves(folder)
     summary = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    costs = {}
-    for path in sorted(folder.glob("*/config.json")):
-        config = JEIDNNConfig.from_pretrained(path.parent)
-        costs.setdefault(f"{config.backbone}, {kind_of(path.parent.name)}", ExitCosts.from_dict(config.mul_adds))
-    native = summary["backbone_accuracy"]
-    return draw_figures(curves, output_dir, backbone_accuracy=native, logs=load_logs(folder), costs=costs)
+    return draw_figures(
+        curves, output_dir, backbone_accuracy=summary["backbone_accuracy"], logs=load_logs(folder),
+        costs=load_costs(folder), groups=RunFolder(folder).class_groups(),
+    )  # fmt: skip
 
 
 def budget_table(summary: dict[str, Any]) -> str:
