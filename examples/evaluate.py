@@ -21,12 +21,12 @@ import torch
 import yaml
 
 from jeidnn_hf import EvaluationReport, ExitRecord, JEIDNNForImageClassification, evaluate
-from jeidnn_hf.backbones import pretrained_cfg
-from jeidnn_hf.data import ImageView, Preprocessing, load_source
+from jeidnn_hf.data import ImageView, Preprocessing
 from jeidnn_hf.feature_cache import cached_role
 from jeidnn_hf.metrics import accuracy_at_cost
 from jeidnn_hf.plots import plot_frontier
 from jeidnn_hf.policies import ConfidenceThreshold
+from jeidnn_hf.sources import load_source, source_options
 from jeidnn_hf.splits import Splits
 
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -38,8 +38,9 @@ def main() -> None:
     parser.add_argument("--num_lambdas", type=int, default=10)
     parser.add_argument("--speed_images", type=int, default=1024, help="images to time; 0: none")
     options = parser.parse_args()
-    data = yaml.safe_load((options.folder / "config.yaml").read_text())["data"]
-    sources = load_source(data["dataset"], data_files=data.get("data_files"), data_dir=data.get("data_dir"))
+    run_config = yaml.safe_load((options.folder / "config.yaml").read_text())
+    data = run_config["data"]
+    sources = load_source(data["dataset"], **source_options(data))
     splits = Splits.load(options.folder / "splits.json")
     names = sorted(path.parent.name for path in options.folder.glob("*/model.safetensors"))
     if not names:
@@ -49,8 +50,10 @@ def main() -> None:
     results, native = [], None
     for name in names:
         model = JEIDNNForImageClassification.from_pretrained(options.folder / name)
-        cfg = pretrained_cfg(model.config.backbone)
-        preprocessing = Preprocessing.from_pretrained_cfg(cfg, model.config.image_size, model.config.num_channels)
+        choice = {**run_config["model"], **run_config["runs"].get(name, {}).get("model", {})}
+        preprocessing = Preprocessing.of_backbone(
+            model.config.backbone, model.config.image_size, model.config.num_channels, choice.get("preprocessing")
+        )
         cache = Path(data.get("cache_dir") or options.folder / "cache")
         records = {}
         for role in ("validation", "test"):

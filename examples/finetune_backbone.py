@@ -21,9 +21,9 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
 
-from jeidnn_hf.backbones import build_model, fingerprint, pretrained_cfg
-from jeidnn_hf.data import ImageView, Preprocessing, collate, load_source, read_labels
-from jeidnn_hf.splits import make_splits
+from jeidnn_hf.backbones import build_model, fingerprint
+from jeidnn_hf.data import ImageView, Preprocessing, collate
+from jeidnn_hf.sources import load_source, source_options, split_source
 from jeidnn_hf.trainer import last_checkpoint
 
 
@@ -86,16 +86,15 @@ def main() -> None:
     config = yaml.safe_load(options.config.read_text())
     output_dir = options.output_dir or Path(config["output_dir"])
     data, choice = config["data"], config["model"]
-    sources = load_source(data["dataset"], data_files=data.get("data_files"), data_dir=data.get("data_dir"))
-    labels = {name: read_labels(rows) for name, rows in sources.items()}
+    sources = load_source(data["dataset"], **source_options(data))
     num_classes = sources["train"].features["label"].num_classes
-    splits = make_splits(data["dataset"], labels, num_classes=num_classes, **data.get("splits", {}))
+    splits = split_source(data["dataset"], sources, **data.get("splits", {}))
 
     set_seed(config["training"].get("seed", 42))
     name, side = choice["backbone"], choice.get("image_size")
     model = build_model(name, num_classes=0, image_size=side, weights=choice["weights"])
     model.reset_classifier(num_classes)
-    preprocessing = Preprocessing.from_pretrained_cfg({**pretrained_cfg(name), **choice.get("preprocessing", {})}, side)
+    preprocessing = Preprocessing.of_backbone(name, side, changes=choice.get("preprocessing"))
     images = {
         role: ImageView(sources[source], rows, preprocessing) for role, (source, rows) in splits.roles.items()
     }  # fmt: skip

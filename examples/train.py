@@ -17,10 +17,9 @@ import yaml
 from transformers import set_seed
 
 from jeidnn_hf import JEIDNNForImageClassification
-from jeidnn_hf.backbones import pretrained_cfg
-from jeidnn_hf.data import Preprocessing, load_source, read_labels
+from jeidnn_hf.data import Preprocessing
 from jeidnn_hf.feature_cache import cached_role
-from jeidnn_hf.splits import make_splits
+from jeidnn_hf.sources import load_source, source_options, split_source
 from jeidnn_hf.trainer import JEIDNNTrainer
 from jeidnn_hf.training_args import JEIDNNTrainingArguments
 
@@ -37,10 +36,8 @@ def main() -> None:
     is_main = int(os.environ.get("RANK", "0")) == 0  # of the processes that torchrun or accelerate started
 
     data = config["data"]
-    sources = load_source(data["dataset"], data_files=data.get("data_files"), data_dir=data.get("data_dir"))
-    labels = {name: read_labels(rows) for name, rows in sources.items()}
-    num_classes = sources["train"].features["label"].num_classes
-    splits = make_splits(data["dataset"], labels, num_classes=num_classes, **data.get("splits", {}))
+    sources = load_source(data["dataset"], **source_options(data))
+    splits = split_source(data["dataset"], sources, **data.get("splits", {}))
     if is_main:
         (output_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         splits.save(output_dir / "splits.json")
@@ -54,11 +51,12 @@ def main() -> None:
         training = {**config.get("training", {}), **run.get("training", {})}
         set_seed(training.get("seed", 42))
         names = sources["train"].features["label"].names
-        model = JEIDNNForImageClassification.from_backbone_pretrained(
-            **{"id2label": dict(enumerate(names)), **config["model"], **run.get("model", {})}
+        choice = {"id2label": dict(enumerate(names)), **config["model"], **run.get("model", {})}
+        changes = choice.pop("preprocessing", None)
+        model = JEIDNNForImageClassification.from_backbone_pretrained(**choice)
+        preprocessing = Preprocessing.of_backbone(
+            model.config.backbone, model.config.image_size, model.config.num_channels, changes
         )
-        cfg = pretrained_cfg(model.config.backbone)
-        preprocessing = Preprocessing.from_pretrained_cfg(cfg, model.config.image_size, model.config.num_channels)
         cache = Path(data.get("cache_dir") or output_dir / "cache")
         views = range(data.get("views", 1))
         train = cached_role(model.backbone, sources, splits, "train", preprocessing, cache, views=views)

@@ -1,76 +1,32 @@
-"""data.py: sources and tensors, on small stand-in parquet files in the Hub's own schemas."""
+"""data.py: pictures to tensors, as timm makes them; views of a data set."""
 
 from __future__ import annotations
 
-import io
 import json
-import os
 
 import datasets
 import numpy as np
 import PIL.Image
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import timm.data
 import torch
 from torch.utils.data import DataLoader
 
-from jeidnn_hf import data
-from jeidnn_hf.data import ImageView, Preprocessing, collate, load_source, read_labels
-from jeidnn_hf.splits import make_splits
+from jeidnn_hf.backbones import pretrained_cfg
+from jeidnn_hf.data import ImageView, Preprocessing, collate
+from jeidnn_hf.sources import load_source
+from stand_ins import encoded, picture, write_folder
 
 PLAIN = Preprocessing(32, 1.0, "bicubic", (0.0,) * 3, (1.0,) * 3)
 CFG = {
     "input_size": (3, 24, 24), "crop_pct": 0.9, "interpolation": "bicubic", "crop_mode": "center",
     "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
 }  # fmt: skip
-COUNTS = {"train": 300, "test": 200}
-
-
-def picture(seed: int, width: int = 32, height: int = 32, mode: str = "RGB") -> PIL.Image.Image:
-    noise = np.random.default_rng(seed).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
-    return PIL.Image.fromarray(noise).resize((width, height), PIL.Image.Resampling.BILINEAR).convert(mode)
-
-
-def encoded(image: PIL.Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_parquet(path, count, classes, label="label", style="hub", offset=0, labels=None, image="img"):
-    """``style``: hub (with the Hub's feature metadata), struct (bytes and path) or binary, both without metadata."""
-    cells = [encoded(picture(offset + i)) for i in range(count)]
-    labels = [i % classes for i in range(count)] if labels is None else labels
-    structs = [{"bytes": cell, "path": None} for cell in cells]
-    columns = {image: cells if style == "binary" else structs, label: labels}
-    if label == "fine_label":
-        columns["coarse_label"] = [x // 5 for x in labels]
-    kind = pa.binary() if style == "binary" else pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    names = {image: kind} | {name: pa.int64() for name in columns if name != image}
-    table = pa.table({name: pa.array(columns[name], kind) for name, kind in names.items()})
-    if style == "hub":
-        hub = {image: datasets.Image(), label: datasets.ClassLabel(names=[f"class {k}" for k in range(classes)])}
-        if label == "fine_label":
-            hub["coarse_label"] = datasets.ClassLabel(num_classes=20)
-        table = table.cast(datasets.Features(hub).arrow_schema)
-    pq.write_table(table, path)
-
-
-def write_folder(folder, classes=10, label="label", style="hub"):
-    folder.mkdir(parents=True)
-    for split, count in COUNTS.items():
-        write_parquet(folder / f"{split}-00000-of-00001.parquet", count, classes, label, style)
-    return folder
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    write_folder(root / "cifar10")
-    write_folder(root / "cifar100", classes=100, label="fine_label")
-    return root
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("data") / "cifar10")
 
 
 @pytest.fixture(autouse=True)
@@ -80,90 +36,8 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture
-def train(root):
-    return load_source("cifar10", data_dir=root / "cifar10")["train"]
-
-
-# ---- sources
-
-
-@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
-def test_environment_variable_names_the_folder(root, monkeypatch, name, classes):
-    monkeypatch.setenv("JEIDNN_DATA_DIR", str(root))
-    before = sorted(root.rglob("*"))
-    source = load_source(name)
-    assert {split: len(rows) for split, rows in source.items()} == COUNTS
-    for rows in source.values():
-        assert rows.column_names == ["image", "label"]
-        assert isinstance(rows.features["image"], datasets.Image)
-        assert rows.features["label"].names == [f"class {k}" for k in range(classes)]
-    assert source["train"][3]["image"].tobytes() == picture(3).tobytes()
-    assert read_labels(source["test"]).tolist() == [i % classes for i in range(COUNTS["test"])]
-    assert sorted(root.rglob("*")) == before
-
-
-@pytest.mark.parametrize("style", ["struct", "binary"])
-def test_files_without_hub_metadata(tmp_path, style):
-    folder = write_folder(tmp_path / "raw [1]", style=style)
-    rows = load_source("cifar10", data_dir=str(folder))["train"]
-    assert rows.features["label"].num_classes == 10
-    assert rows[7]["image"].tobytes() == picture(7).tobytes() and rows[7]["label"] == 7
-
-
-def test_data_files_win_shards_are_in_name_order_and_other_splits_stay(root, tmp_path, monkeypatch):
-    monkeypatch.setenv("JEIDNN_DATA_DIR", "/nowhere")
-    for shard in (1, 0):
-        write_parquet(tmp_path / f"train-0000{shard}-of-00002.parquet", 20, 10, offset=20 * shard)
-    files = {"train": tmp_path / "train-*.parquet", "test": [root / "cifar10" / "test-00000-of-00001.parquet"]}
-    source = load_source("cifar10", data_files={**files, "validation": str(tmp_path / "train-00001*")}, data_dir="/no")
-    assert {split: len(rows) for split, rows in source.items()} == {"train": 40, "test": 200, "validation": 20}
-    for row in (0, 19, 20, 39):
-        assert source["train"][row]["image"].tobytes() == picture(row).tobytes()
-
-
-def test_hub_is_used_only_when_nothing_local_is_named(root, monkeypatch):
-    asked = []
-    real = datasets.load_dataset
-
-    def load_dataset(path, **options):
-        asked.append(path)
-        return real("parquet", data_files={s: str(root / "cifar10" / f"{s}-*.parquet") for s in COUNTS})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert set(load_source("cifar10")) == {"train", "test"} and asked == ["uoft-cs/cifar10"]
-    monkeypatch.setenv("JEIDNN_DATA_DIR", str(root / "elsewhere"))
-    with pytest.raises(ValueError, match="elsewhere/cifar10/train-"):
-        load_source("cifar10")
-    assert asked == ["uoft-cs/cifar10"]
-
-
-def test_source_errors(root, tmp_path):
-    with pytest.raises(ValueError, match=r"among \['cifar10', 'cifar100'.*\], but got 'cifar11'"):
-        load_source("cifar11")
-    with pytest.raises(ValueError, match=r"split 'test' of cifar10.*none at \[\]"):
-        load_source("cifar10", data_files={"train": str(root / "cifar10" / "train-*.parquet")})
-    with pytest.raises(ValueError, match=r"none at \['.*no-\*\.parquet'\]"):
-        load_source("cifar10", data_files={"train": str(root / "no-*.parquet"), "test": "x"})
-    with pytest.raises(ValueError, match=r"\['img', 'fine_label'\].*split 'train' of cifar100.*\['img', 'label'\]"):
-        load_source("cifar100", data_dir=root / "cifar10")
-    bad = tmp_path / "bad.parquet"
-    good = root / "cifar10" / "test-00000-of-00001.parquet"
-    for style in ("hub", "struct"):
-        for label in (12, -1, None):
-            write_parquet(bad, 4, 10, style=style, labels=[0, 1, label, 3])
-            with pytest.raises(ValueError, match=r"\[0, 10\), but got (12|-1) at row 2 of split 'train' of cifar10"):
-                load_source("cifar10", data_files={"train": bad, "test": good})
-    write_parquet(bad, 0, 10)
-    with pytest.raises(ValueError, match="Expected readable parquet files, but got .*bad.parquet"):
-        load_source("cifar10", data_files={"train": bad, "test": good})
-    bad.write_bytes(good.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="(?i)parquet"):
-        load_source("cifar10", data_files={"train": bad, "test": good})
-    write_parquet(bad, 4, 4)
-    with pytest.raises(ValueError, match="Expected 10 classes in split 'train' of cifar10, but got 4"):
-        load_source("cifar10", data_files={"train": bad, "test": bad})
-    with pytest.raises(ValueError, match="label column of type string"):
-        read_labels(datasets.Dataset.from_dict({"label": ["cat"]}))
+def train(folder):
+    return load_source("cifar10", data_dir=folder)["train"]
 
 
 # ---- tensors
@@ -172,11 +46,10 @@ def test_source_errors(root, tmp_path):
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize(("width", "height"), [(40, 50), (50, 40), (33, 71), (24, 24), (26, 26), (32, 32)])
 @pytest.mark.parametrize("crop_pct", [1.0, 0.95, 0.9, 0.875])
-def test_evaluation_is_timm_evaluation(width, height, crop_pct, interpolation):
-    cfg = {**CFG, "crop_pct": crop_pct, "interpolation": interpolation}
-    reference = timm.data.create_transform(
-        **{key: cfg[key] for key in ("input_size", "crop_pct", "interpolation", "mean", "std")}, is_training=False
-    )
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+def test_evaluation_is_timm_evaluation(width, height, crop_pct, interpolation, crop_mode):
+    cfg = {**CFG, "crop_pct": crop_pct, "interpolation": interpolation, "crop_mode": crop_mode}
+    reference = timm.data.create_transform(**cfg, is_training=False)
     image = picture(5, width, height)
     torch.testing.assert_close(Preprocessing.from_pretrained_cfg(cfg)([image])[0], reference(image), atol=1e-6, rtol=0)
 
@@ -210,7 +83,10 @@ def test_preprocessing_round_trip_and_fingerprint():
 
 @pytest.mark.parametrize(
     "change",
-    [{"size": 0}, {"crop_pct": 1.2}, {"interpolation": "cubic"}, {"channels": 2}, {"mean": (0, 0)}, {"std": (0, 1, 1)}],
+    [
+        {"size": 0}, {"crop_pct": 1.2}, {"interpolation": "cubic"}, {"channels": 2}, {"mean": (0, 0)},
+        {"std": (0, 1, 1)}, {"crop_mode": "border"},
+    ],
 )
 def test_preprocessing_refuses(change):
     with pytest.raises(ValueError, match="^Expected size"):
@@ -220,10 +96,29 @@ def test_preprocessing_refuses(change):
 def test_pretrained_cfg_refuses():
     with pytest.raises(ValueError, match="crop_pct"):
         Preprocessing.from_pretrained_cfg({key: value for key, value in CFG.items() if key != "crop_pct"})
-    with pytest.raises(ValueError, match="'squash'"):
-        Preprocessing.from_pretrained_cfg({**CFG, "crop_mode": "squash"})
+    with pytest.raises(ValueError, match="'border'"):
+        Preprocessing.from_pretrained_cfg({**CFG, "crop_mode": "border"})
     with pytest.raises(ValueError, match="24 x 32"):
         Preprocessing.from_pretrained_cfg({**CFG, "input_size": (3, 24, 32)})
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "resized"),
+    [("t2t_vit_7", 224, 248), ("resnet56_cifar", 32, 32), ("tf_efficientnet_lite0", 224, 256)],
+)
+def test_a_backbone_has_its_own_preprocessing(name, size, resized):
+    cfg = pretrained_cfg(name)
+    own = Preprocessing.of_backbone(name)
+    assert own == Preprocessing.from_pretrained_cfg(cfg) and (own.size, own.resized_side) == (size, resized)
+    image = picture(3)
+    reference = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=cfg), is_training=False)
+    torch.testing.assert_close(own([image])[0], reference(image), atol=1e-6, rtol=0)
+    changes = {"crop_pct": 1.0, "interpolation": "bilinear"}
+    changed = Preprocessing.of_backbone(name, 96, 1, changes)
+    assert (changed.size, changed.resized_side, changed.interpolation, changed.channels) == (96, 96, "bilinear", 1)
+    assert changed == Preprocessing.from_pretrained_cfg({**cfg, **changes}, 96, 1)
+    with pytest.raises(ValueError, match=r"entries of preprocessing among .*, but got \['crop'\]"):
+        Preprocessing.of_backbone(name, changes={"crop": 1.0})
 
 
 def test_augmentation_is_a_pure_function_of_seed_view_and_index():
@@ -324,24 +219,3 @@ def test_view_errors(train):
     wrong = datasets.Dataset.from_dict({"image": [None] * 2, "label": [0, -1]}, features=features)
     with pytest.raises(ValueError, match=r"\[0, 10\), but got -1 at row 1"):
         ImageView(wrong, [1], PLAIN)
-
-
-# ---- the real files
-
-REAL = os.environ.get("JEIDNN_DATA_DIR")
-
-
-@pytest.mark.skipif(not REAL, reason="JEIDNN_DATA_DIR does not name a folder of real data sets")
-@pytest.mark.parametrize(("name", "held_out"), [("cifar10", "train"), ("cifar10", "test"), ("cifar100", "train")])
-def test_real_files(name, held_out):
-    source = load_source(name, data_dir=os.path.join(REAL, name))
-    labels = {split: read_labels(rows) for split, rows in source.items()}
-    splits = make_splits(name, labels, held_out=held_out)
-    for role in ("validation", "calibration"):
-        split, indices = splits.roles[role]
-        per_class = 2500 // data.DATASETS[name].num_classes
-        assert split == held_out and set(np.bincount(labels[split][indices])) == {per_class}
-    split, indices = splits.roles["validation"]
-    view = ImageView(source[split], indices, PLAIN, views=(None, 0))
-    batch = view.__getitems__(range(100))
-    assert torch.equal(batch["labels"], view.labels[:100]) and 0.3 < batch["pixel_values"].mean() < 0.6

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jeidnn_hf.splits import ROLES, SplitInfo, Splits, make_splits
+from jeidnn_hf.splits import ROLES, SplitInfo, Splits, class_groups, make_splits
 
 
 def balanced(train=1000, test=600, classes=10):
@@ -68,7 +68,47 @@ def test_caps_are_stratified_and_move_no_other_role():
     assert set(capped.roles["test"][1]) <= set(full.roles["test"][1])
 
 
+@settings(max_examples=40, deadline=None, database=None)
+@given(uneven_labels(), st.floats(1.0, 5.0), st.integers(0, 99))
+def test_a_long_tail_is_of_the_training_images_only(drawn, imbalance, seed):
+    labels, validation, calibration = drawn
+    options = {"held_out": "test", "validation": validation, "calibration": calibration, "seed": seed}
+    sources = {"train": labels, "test": labels}
+    splits, whole = make_splits("toy", sources, **options, imbalance=imbalance), make_splits("toy", sources, **options)
+    assert all(splits.info(role) == whole.info(role) for role in ("validation", "calibration", "test"))
+    classes, most = labels.max() + 1, np.bincount(labels).min()
+    counts = np.bincount(labels[splits.roles["train"][1]], minlength=classes)
+    if imbalance == 1:
+        assert splits.info("train") == whole.info("train")
+    else:
+        for c, count in enumerate(counts):
+            assert count <= most * imbalance ** (-c / (classes - 1)) + 1e-6 < count + 1 + 1e-5
+
+
+def test_test_images_come_from_train_where_there_are_no_others():
+    labels = {"train": np.arange(1000) % 10}
+    splits = make_splits("toy", labels, validation=100, calibration=50, test=200, train=400, imbalance=4)
+    used = np.concatenate([rows for _, rows in splits.roles.values()])
+    assert {source for source, _ in splits.roles.values()} == {"train"} and len(np.unique(used)) == len(used)
+    assert np.bincount(labels["train"][splits.roles["test"][1]]).tolist() == [20] * 10
+    assert np.bincount(labels["train"][splits.roles["train"][1]]).tolist() == [40, 34, 29, 25, 21, 18, 15, 13, 11, 10]
+
+
+def test_class_groups():
+    groups = class_groups([500, 101, 100, 20, 19, 1, 60])
+    assert {name: classes.tolist() for name, classes in groups.items()} == {
+        "many": [0, 1], "medium": [2, 3, 6], "few": [4, 5]
+    }  # fmt: skip
+    counts = [int(500 * 100 ** (-c / 99)) for c in range(100)]  # CIFAR-100-LT: 35 / 35 / 30 in the literature
+    assert [len(classes) for classes in class_groups(counts).values()] == [35, 35, 30]
+
+
 def test_split_errors():
+    for imbalance in (0.5, float("nan")):
+        with pytest.raises(ValueError, match="imbalance factor of at least 1"):
+            make_splits("cifar10", balanced(), validation=100, calibration=0, imbalance=imbalance)
+    with pytest.raises(ValueError, match="among 118 images for train, but got none of class 8"):
+        make_splits("cifar10", balanced(), validation=500, calibration=0, imbalance=100)
     with pytest.raises(ValueError, match="held_out='train', but got \\['train', 'validation'\\]"):
         make_splits("cifar10", {"train": [0], "validation": [0]})
     with pytest.raises(ValueError, match="held_out"):

@@ -1,9 +1,8 @@
-"""Where images come from, which of them play which role, and how they become tensors.
+"""How images become tensors, as a backbone wants them.
 
-    sources = load_source("cifar10")                                           # {"train": Dataset, "test": Dataset}
-    splits = make_splits("cifar10", {name: read_labels(rows) for name, rows in sources.items()})
-    source, indices = splits.roles["validation"]
-    view = ImageView(sources[source], indices, Preprocessing.from_pretrained_cfg(model.pretrained_cfg))
+    sources = load_source("cifar10")
+    source, indices = split_source("cifar10", sources).roles["validation"]
+    view = ImageView(sources[source], indices, Preprocessing.of_backbone("t2t_vit_7"))
 
 An image is named by its source split and its row number there, its ``index``. Roles, augmentation and caches all use
 that name, so the same numbers come out with or without a feature cache, in any batch order and in any worker.
@@ -13,114 +12,24 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from glob import escape, glob
 from pathlib import Path
 from typing import Any, Self
 
 import datasets
 import numpy as np
 import PIL.Image
-import pyarrow as pa
 import torch
 from torch import Tensor
 
+from .backbones import pretrained_cfg
+from .sources import Source, StreamedRows, read_labels
 from .splits import JsonDataclass, check_labels, sha256_of
 
 INTERPOLATIONS = {mode.name.lower(): mode for mode in PIL.Image.Resampling}
-Paths = str | os.PathLike | Sequence[str | os.PathLike]
-
-
-@dataclass(frozen=True)
-class DatasetSpec:
-    """A data set as the Hub stores it: columns, number of classes, side in pixels, names of its two splits."""
-
-    name: str
-    hub_id: str
-    image_column: str
-    label_column: str
-    num_classes: int
-    image_size: int
-    train_split: str
-    test_split: str
-
-
-_ROWS = (
-    DatasetSpec("cifar10", "uoft-cs/cifar10", "img", "label", 10, 32, "train", "test"),
-    DatasetSpec("cifar100", "uoft-cs/cifar100", "img", "fine_label", 100, 32, "train", "test"),
-)
-DATASETS: dict[str, DatasetSpec] = {spec.name: spec for spec in _ROWS}
-
-
-def load_source(
-    name: str, *, data_files: Mapping[str, Paths] | None = None, data_dir: str | os.PathLike | None = None
-) -> dict[str, datasets.Dataset]:
-    """The source splits of a known data set, each with the columns ``image`` (Image) and ``label`` (ClassLabel).
-
-    The first that is given is used, and never another: ``data_files``, from split name to parquet path(s) or glob(s);
-    ``data_dir``, a folder of ``train-*.parquet``, ``test-*.parquet``; the environment variable ``JEIDNN_DATA_DIR``, a
-    folder holding one such folder per data set name; the Hub. Splits are named as on the Hub, here and in files; its
-    train and test split become "train" and "test", further ones keep their names. Shards are read in name order.
-
-    Raises:
-        ValueError: unknown name, files or columns not found, other classes than expected, or a label out of range.
-    """
-    if name not in DATASETS:
-        raise ValueError(f"Expected a data set among {sorted(DATASETS)}, but got {name!r}.")
-    spec = DATASETS[name]
-    if data_files is None and data_dir is None and (root := os.environ.get("JEIDNN_DATA_DIR")):
-        data_dir = Path(root, name)
-    if data_files is None and data_dir is None:
-        loaded = datasets.load_dataset(spec.hub_id)
-    else:
-        files = _find_files(spec, data_files, data_dir)
-        try:
-            loaded = datasets.load_dataset("parquet", data_files=files)
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise ValueError(f"Expected readable parquet files, but got {error.__cause__!r} from {files}.") from error
-    splits = {**loaded, "train": loaded[spec.train_split], "test": loaded[spec.test_split]}
-    return {split: _standardise(spec, split, rows) for split, rows in splits.items()}
-
-
-def _find_files(
-    spec: DatasetSpec, data_files: Mapping[str, Paths] | None, data_dir: str | os.PathLike | None
-) -> dict[str, list[str]]:
-    required = dict.fromkeys((spec.train_split, spec.test_split), ())
-    if data_files is None:
-        found = sorted(path.name.partition("-")[0] for path in Path(data_dir).glob("*-*.parquet"))
-        data_files = {split: f"{escape(os.fspath(data_dir))}/{split}-*.parquet" for split in (*required, *found)}
-    files = {}
-    for split, patterns in {**required, **data_files}.items():
-        patterns = [patterns] if isinstance(patterns, str | os.PathLike) else patterns
-        files[split] = [escape(path) for pattern in patterns for path in sorted(glob(os.fspath(pattern)))]
-        if not files[split]:
-            sought = [os.fspath(pattern) for pattern in patterns]
-            raise ValueError(f"Expected parquet files for split {split!r} of {spec.name}, but found none at {sought}.")
-    return files
-
-
-def _standardise(spec: DatasetSpec, split: str, rows: datasets.Dataset) -> datasets.Dataset:
-    where, wanted = f"split {split!r} of {spec.name}", [spec.image_column, spec.label_column]
-    if not set(wanted) <= set(rows.column_names):
-        raise ValueError(f"Expected columns {wanted} in {where}, but found {rows.column_names}.")
-    rows = rows.select_columns(wanted).rename_columns(dict(zip(wanted, ("image", "label"), strict=True)))
-    rows = rows.cast_column("image", datasets.Image())
-    check_labels(read_labels(rows), spec.num_classes, where)
-    if not isinstance(rows.features["label"], datasets.ClassLabel):
-        rows = rows.cast_column("label", datasets.ClassLabel(num_classes=spec.num_classes))
-    if (classes := rows.features["label"].num_classes) != spec.num_classes:
-        raise ValueError(f"Expected {spec.num_classes} classes in {where}, but got {classes}.")
-    return rows
-
-
-def read_labels(dataset: datasets.Dataset) -> np.ndarray:
-    """The ``label`` column, int64 ``(N,)``, -1 where it is empty; reads no image. ValueError if not of integers."""
-    column = dataset.select_columns("label").with_format("arrow")[:]["label"]
-    if not pa.types.is_integer(column.type):
-        raise ValueError(f"Expected integer class labels, but got a label column of type {column.type}.")
-    return column.fill_null(-1).to_numpy().astype(np.int64)
+CROP_MODES = ("center", "squash")
+CFG_ENTRIES = ("input_size", "crop_pct", "interpolation", "mean", "std", "crop_mode")
 
 
 def _augment(image: PIL.Image.Image, index: int, view: int, seed: int) -> PIL.Image.Image:
@@ -142,7 +51,8 @@ class Preprocessing(JsonDataclass):
 
     ``size``: output side in pixels. ``crop_pct``: part of the resized side that the crop keeps, in (0, 1].
     ``interpolation``: one of INTERPOLATIONS. ``mean``, ``std``: per channel, in units of [0, 1]. ``channels``: 3 for
-    RGB, 1 for grey. ValueError for anything else.
+    RGB, 1 for grey. ``crop_mode``: "center" resizes the shorter side, "squash" both to the same length. ValueError for
+    anything else.
     """
 
     size: int
@@ -151,6 +61,7 @@ class Preprocessing(JsonDataclass):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     channels: int = 3
+    crop_mode: str = "center"
 
     def __post_init__(self) -> None:
         for name, kind in {"size": int, "crop_pct": float, "channels": int}.items():
@@ -159,11 +70,28 @@ class Preprocessing(JsonDataclass):
             object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
         geometry = self.size > 0 and 0 < self.crop_pct <= 1 and self.interpolation in INTERPOLATIONS
         colours = self.channels in (1, 3) and self.channels == len(self.mean) == len(self.std) and min(self.std) > 0
-        if not (geometry and colours):
+        if not (geometry and colours and self.crop_mode in CROP_MODES):
             raise ValueError(
                 f"Expected size > 0, crop_pct in (0, 1], interpolation among {sorted(INTERPOLATIONS)}, 1 or 3 channels "
-                f"and one mean and std > 0 for each, but got {self}."
+                f"and one mean and std > 0 for each, and crop_mode among {CROP_MODES}, but got {self}."
             )
+
+    @classmethod
+    def of_backbone(
+        cls,
+        name: str,
+        image_size: int | None = None,
+        channels: int | None = None,
+        changes: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """As timm evaluates the model ``name``, with the entries of its ``pretrained_cfg`` that ``changes`` has.
+
+        A backbone wants the same images in fine-tuning, feature extraction and evaluation: ``changes`` is what their
+        configs have under ``model: preprocessing``. ValueError for an unknown model or entry.
+        """
+        if unknown := sorted(set(changes or ()) - set(CFG_ENTRIES)):
+            raise ValueError(f"Expected entries of preprocessing among {CFG_ENTRIES}, but got {unknown}.")
+        return cls.from_pretrained_cfg({**pretrained_cfg(name), **(changes or {})}, image_size, channels)
 
     @classmethod
     def from_pretrained_cfg(
@@ -172,23 +100,21 @@ class Preprocessing(JsonDataclass):
         """From a timm ``pretrained_cfg``, if wanted for another input size or number of channels.
 
         For another number of channels, the mean over the channels of the cfg stands for each. ValueError if an entry
-        is missing, the input is not square, or the crop is not a centre crop.
+        is missing, the input is not square, or pictures are to be padded (crop_mode "border").
         """
-        if missing := [key for key in ("input_size", "crop_pct", "interpolation", "mean", "std") if key not in cfg]:
+        if missing := [key for key in CFG_ENTRIES if key not in cfg and key != "crop_mode"]:
             raise ValueError(f"Expected a timm pretrained_cfg, but it has no {missing}.")
         cfg_channels, height, width = cfg["input_size"]
-        if height != width or cfg.get("crop_mode") not in (None, "center"):
-            raise ValueError(
-                f"Expected a square input and crop_mode 'center' (on square pictures all modes agree), but got "
-                f"{height} x {width} and {cfg.get('crop_mode')!r}: set these entries of the cfg."
-            )
+        if height != width:
+            raise ValueError(f"Expected a square input, but got {height} x {width}; set input_size.")
         channels = channels or cfg_channels
         mean, std = (x if len(x) == channels else [sum(x) / len(x)] * channels for x in (cfg["mean"], cfg["std"]))
-        return cls(image_size or height, cfg["crop_pct"], cfg["interpolation"], mean, std, channels)
+        crop_mode = cfg.get("crop_mode") or "center"
+        return cls(image_size or height, cfg["crop_pct"], cfg["interpolation"], mean, std, channels, crop_mode)
 
     @property
     def resized_side(self) -> int:
-        """Shorter side between resize and crop, in pixels; rounded down, as in timm."""
+        """Shorter side (both, of "squash") between resize and crop, in pixels; rounded down, as in timm."""
         return math.floor(self.size / self.crop_pct)
 
     @property
@@ -224,6 +150,8 @@ class Preprocessing(JsonDataclass):
 
     def _fit(self, image: PIL.Image.Image) -> PIL.Image.Image:
         width, height = (self.resized_side * side // min(image.size) for side in image.size)
+        if self.crop_mode == "squash":
+            width = height = self.resized_side
         if image.size != (width, height):
             image = image.resize((width, height), INTERPOLATIONS[self.interpolation])
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
@@ -234,7 +162,7 @@ class ImageView(torch.utils.data.Dataset):
     """The images of one role as tensors: row r is image ``indices[r % N]`` in view ``views[r // N]``.
 
     Args:
-        dataset: one source split of ``load_source``.
+        dataset: one source split of ``sources.load_source``; a streamed one gives its images in ascending order only.
         indices: row numbers in it, ``(N,)``.
         views, seed: see ``Preprocessing``; with V views the length is N V.
 
@@ -244,7 +172,7 @@ class ImageView(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        dataset: datasets.Dataset,
+        dataset: Source,
         indices: Sequence[int],
         preprocessing: Preprocessing,
         *,
@@ -260,7 +188,9 @@ class ImageView(torch.utils.data.Dataset):
         labels = read_labels(dataset)[self.indices]
         check_labels(labels, dataset.features["label"].num_classes, "the data set", self.indices)
         self._labels = torch.from_numpy(labels)
-        self._encoded = dataset.with_format(None).cast_column("image", datasets.Image(decode=False))
+        self._encoded = dataset
+        if not isinstance(dataset, StreamedRows):
+            self._encoded = dataset.with_format(None).cast_column("image", datasets.Image(decode=False))
 
     @property
     def labels(self) -> Tensor:
@@ -273,16 +203,19 @@ class ImageView(torch.utils.data.Dataset):
         return torch.from_numpy(self.indices).repeat(len(self.views))
 
     def content_hash(self, probes: int = 64) -> str:
-        """sha256 of the labels and of the encoded bytes of ``probes`` pictures spread over the rows.
+        """sha256 of the labels and of the encoded bytes of ``probes`` pictures spread over the rows, or of the first.
 
-        It tells two sources apart whose row numbers are the same (another order, another version), at little cost.
+        It tells two sources apart whose row numbers are the same (another order, another version), at little cost; the
+        first pictures are those that a streamed source has at hand.
         """
-        rows = self.indices[np.linspace(0, len(self.indices) - 1, min(probes, len(self.indices))).astype(np.int64)]
+        count = min(probes, len(self.indices))
+        spread = np.linspace(0, len(self.indices) - 1, count).astype(np.int64)
+        rows = self.indices[range(count) if isinstance(self._encoded, StreamedRows) else spread]
         digest = hashlib.sha256(self._labels.numpy().astype("<i8").tobytes())
         for row, value in zip(rows, self._encoded[rows]["image"], strict=True):
             if value is None:
                 _decode(value, row)
-            digest.update(value["bytes"] or str(value["path"]).encode())
+            digest.update(value["bytes"] or Path(value["path"]).read_bytes())
         return digest.hexdigest()
 
     def __len__(self) -> int:

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from filelock import FileLock
@@ -24,6 +23,7 @@ from tqdm.auto import tqdm
 
 from .backbones import StagedBackbone, fingerprint
 from .data import ImageView, Preprocessing
+from .sources import Source
 from .splits import Splits
 
 _SAVE_EVERY = 32  # batches between notes of progress
@@ -89,7 +89,7 @@ def cache_features(
 
 def cached_role(
     backbone: StagedBackbone,
-    sources: Mapping[str, datasets.Dataset],
+    sources: Mapping[str, Source],
     splits: Splits,
     role: str,
     preprocessing: Preprocessing,

@@ -102,6 +102,7 @@ def make_splits(
     calibration: int = 2500,
     test: int | None = None,
     train: int | None = None,
+    imbalance: float = 1.0,
     num_classes: int | None = None,
     seed: int = 0,
 ) -> Splits:
@@ -109,10 +110,14 @@ def make_splits(
 
     Args:
         labels: class labels ``(N,)`` of the sources "train" and "test", and of ``held_out``; others are left alone.
+            Without "test", the test images are taken from "train".
         held_out: the source of validation and calibration: "train" as in the paper, "test" for a backbone that has
             seen all training images, or a third one.
         validation, calibration: numbers of images.
         test, train: numbers of images; None for all that are left of the source of that name.
+        imbalance: IF >= 1 of a long tail: of the training images, class c = 0..K-1 keeps n IF^(-c / (K-1)), rounded
+            down, where n is the smallest class's number of them. The other roles are left as they are, since coverage
+            needs exchangeable images.
         num_classes: K; default, one more than the largest label.
 
     Class counts are proportional, rounded by largest remainder, to the rows left by validation, then calibration.
@@ -120,9 +125,15 @@ def make_splits(
     Raises:
         ValueError: too few images, a label out of range, or a class without an image in validation or train.
     """
-    if not {"train", "test", held_out} <= set(labels):
-        raise ValueError(f"Expected labels of 'train', 'test' and held_out={held_out!r}, but got {list(labels)}.")
-    known = {source: np.asarray(labels[source], dtype=np.int64) for source in ("train", "test", held_out)}
+    test_source = "test" if test is None or "test" in labels else "train"
+    if not {"train", test_source, held_out} <= set(labels):
+        raise ValueError(
+            f"Expected labels of 'train', 'test' and held_out={held_out!r}, but got {list(labels)}; without 'test', "
+            "say how many images of 'train' are for the test."
+        )
+    if not imbalance >= 1:
+        raise ValueError(f"Expected an imbalance factor of at least 1, but got {imbalance}.")
+    known = {source: np.asarray(labels[source], dtype=np.int64) for source in ("train", test_source, held_out)}
     num_classes = num_classes or 1 + max(values.max(initial=-1) for values in known.values())
     for source, values in known.items():
         check_labels(values, num_classes, f"split {source!r} of {dataset}")
@@ -130,28 +141,52 @@ def make_splits(
     sizes = {"validation": validation, "calibration": calibration, "test": test, "train": train}
     roles = {}
     for role, size in sizes.items():
-        source = role if role in ("train", "test") else held_out
+        source = {"train": "train", "test": test_source}.get(role, held_out)
         rows, size = left[source], len(left[source]) if size is None else size
         if not 0 <= size <= len(rows):
             raise ValueError(f"Expected {role} in [0, {len(rows)}], what is left of {source!r}, but got {size}.")
         random = np.random.PCG64([seed, ROLES.index(role)]).random_raw(len(rows))
-        taken = rows[_stratified(known[source][rows], size, random)]
-        left[source] = np.setdiff1d(rows, taken)
-        absent = np.setdiff1d(np.arange(num_classes), known[source][taken])
+        positions = _stratified(known[source][rows], size, random)
+        taken, left[source] = rows[positions], np.delete(rows, positions)
+        if role == "train" and imbalance > 1:
+            random = np.random.PCG64([seed, len(ROLES)]).random_raw(len(taken))
+            taken = taken[_long_tail(known[source][taken], imbalance, num_classes, random)]
+        absent = np.flatnonzero(np.bincount(known[source][taken], minlength=num_classes) == 0)
         if role in ("validation", "train") and len(absent):
-            raise ValueError(f"Expected every class among {size} images for {role}, but got none of class {absent[0]}.")
+            raise ValueError(
+                f"Expected every class among {len(taken)} images for {role}, but got none of class {absent[0]}."
+            )
         roles[role] = (source, taken)
     return Splits(dataset, int(seed), {role: roles[role] for role in ROLES})
 
 
 def _stratified(labels: np.ndarray, size: int, random: np.ndarray) -> np.ndarray:
-    """Ascending positions of ``size`` of the labels: of each class its quota, those with the smallest ``random``."""
+    """Ascending positions of ``size`` of the labels, as many of each class as is its share."""
     counts = np.bincount(labels)
     quotas, remainders = np.divmod(size * counts, max(len(labels), 1))
     quotas[np.argsort(-remainders, kind="stable")[: size - quotas.sum()]] += 1
+    return _first_of_each(labels, quotas, random)
+
+
+def _long_tail(labels: np.ndarray, imbalance: float, num_classes: int, random: np.ndarray) -> np.ndarray:
+    counts = np.bincount(labels, minlength=num_classes)
+    profile = counts.min() * imbalance ** -np.linspace(0, 1, num_classes)
+    return _first_of_each(labels, np.floor(profile + 1e-9).astype(np.int64), random)
+
+
+def _first_of_each(labels: np.ndarray, quotas: np.ndarray, random: np.ndarray) -> np.ndarray:
+    """Ascending positions of the labels: of each class its quota, those with the smallest ``random``."""
+    counts = np.bincount(labels, minlength=len(quotas))
     by_class = np.lexsort((random, labels))
     rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.sort(by_class[rank < np.repeat(quotas, counts)])
+
+
+def class_groups(counts: Sequence[int]) -> dict[str, np.ndarray]:
+    """Class numbers by their training images ``(K,)``: "many" (> 100), "medium" (20 to 100) and "few" (< 20)."""
+    counts = np.asarray(counts)
+    groups = {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
+    return {name: np.flatnonzero(members) for name, members in groups.items()}
 
 
 def check_labels(labels: np.ndarray, num_classes: int, where: str, rows: np.ndarray | None = None) -> None:
