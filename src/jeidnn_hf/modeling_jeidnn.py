@@ -19,12 +19,17 @@ from transformers.utils import ModelOutput, cached_file, logging
 
 from .backbones import build_model, fingerprint, pretrained_cfg, select, staged_backbone
 from .backbones.loading import HUB_WEIGHTS, STORED_WEIGHTS
-from .checkpoints import FROM_THE_HUB, check_checkpoint, one_line_errors
+from .calibrated import CalibratedMixin
+from .checkpoints import FROM_THE_HUB, check_checkpoint, fetch, one_line_errors
 from .configuration_jeidnn import JEIDNNConfig
 from .costs import ExitCosts, exit_costs
 from .gates import GATES, LearnedGates
 from .heads import ExitHeads
+from .image_processing_jeidnn import JEIDNNImageProcessor
 from .objectives import expected_cost, task_cost, total_cost
+from .operating_point import FILE_NAME as CALIBRATION_NAME
+from .operating_point import OperatingPoint
+from .preprocessing import Preprocessing
 
 logger = logging.get_logger(__name__)
 
@@ -55,7 +60,7 @@ class JEIDNNOutput(ModelOutput):
     mul_adds: Tensor | None = None
 
 
-class JEIDNNForImageClassification(PreTrainedModel):
+class JEIDNNForImageClassification(CalibratedMixin, PreTrainedModel):
     """A frozen timm backbone with an inference module and a gate at every exit.
 
     Without labels the network stops for each image at the first exit whose gate is open. With labels, or with
@@ -73,6 +78,7 @@ class JEIDNNForImageClassification(PreTrainedModel):
         self._weights_file: str | None = None
         if config.image_size is None:
             config.image_size = pretrained_cfg(config.backbone)["input_size"][-1]
+        config.preprocessing = _resolve_preprocessing(config)
         with torch.device("cpu"):
             self.backbone = staged_backbone(
                 self._build_backbone(weights=None),
@@ -154,6 +160,8 @@ class JEIDNNForImageClassification(PreTrainedModel):
             kwargs["backbone_weights"] = str(kwargs["backbone_weights"])
         if _DECIDE_COSTS & kwargs.keys():
             kwargs.setdefault("mul_adds", None)
+        if {"backbone", "num_channels"} & kwargs.keys():
+            kwargs.setdefault("preprocessing", None)
         if kwargs.get("use_safetensors") is False:
             raise ValueError("Expected use_safetensors=True, but got False; weights are never loaded from a pickle.")
         kwargs["use_safetensors"] = True
@@ -172,6 +180,9 @@ class JEIDNNForImageClassification(PreTrainedModel):
                 )
                 if model.config.backbone_weights == STORED_WEIGHTS and not model.config.save_backbone:
                     weights_file = cached_file(pretrained_model_name_or_path, STORED_WEIGHTS, **where)
+                calibration = pretrained_model_name_or_path and fetch(
+                    pretrained_model_name_or_path, CALIBRATION_NAME, where
+                )
         except SafetensorError as error:
             raise ValueError(
                 f"Expected complete weights in {str(pretrained_model_name_or_path)!r}, but got a broken file "
@@ -193,12 +204,17 @@ class JEIDNNForImageClassification(PreTrainedModel):
         if not model.config.save_backbone and model.config.backbone_weights is not None:
             model._restore_backbone(weights_file)
         model.backbone.freeze()
+        if calibration:
+            model.operating_point = OperatingPoint.load(Path(calibration).parent)
         if save_backbone is not None:
             model.config.save_backbone = save_backbone
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
-        """As in transformers. The backbone is stored only where it cannot be rebuilt from its name and weights."""
+        """As in transformers; preprocessing and operating point go beside the weights.
+
+        The backbone is stored only where it cannot be rebuilt from its name and weights.
+        """
         if self.backbone.model_dtype is torch.float32:
             found = fingerprint(self.backbone.model.state_dict())
             if found != self.config.backbone_fingerprint and self.config.backbone_weights is not None:
@@ -213,6 +229,10 @@ class JEIDNNForImageClassification(PreTrainedModel):
             return
         if self.config.backbone_weights == STORED_WEIGHTS and not self.config.save_backbone:
             self._save_backbone(save_directory)
+        if self.config.preprocessing is not None:
+            JEIDNNImageProcessor(**self.config.preprocessing).save_pretrained(save_directory)
+        if self.operating_point is not None:
+            self.operating_point.save(save_directory)
         if push_to_hub:
             self.push_to_hub(**{"repo_id": Path(save_directory).name, **push})
 
@@ -428,6 +448,16 @@ def portable(model: JEIDNNForImageClassification) -> Iterator[None]:
         yield
     finally:
         model.config.backbone_weights = weights
+
+
+def _resolve_preprocessing(config: JEIDNNConfig) -> dict[str, Any] | None:
+    """Every field; None where nothing was said and timm's description of the backbone is of other pictures."""
+    try:
+        return Preprocessing.of_config(config).to_dict()
+    except ValueError:
+        if config.preprocessing is None:
+            return None
+        raise
 
 
 def _check_numbers(name: str, tensor: Tensor) -> None:
