@@ -52,11 +52,8 @@ def main() -> None:
         set_seed(training.get("seed", 42))
         names = sources["train"].features["label"].names
         choice = {"id2label": dict(enumerate(names)), **config["model"], **run.get("model", {})}
-        changes = choice.pop("preprocessing", None)
         model = JEIDNNForImageClassification.from_backbone_pretrained(**choice)
-        preprocessing = Preprocessing.of_backbone(
-            model.config.backbone, model.config.image_size, model.config.num_channels, changes
-        )
+        preprocessing = Preprocessing.from_dict(model.config.preprocessing)
         cache = Path(data.get("cache_dir") or output_dir / "cache")
         views = range(data.get("views", 1))
         train = cached_role(model.backbone, sources, splits, "train", preprocessing, cache, views=views)

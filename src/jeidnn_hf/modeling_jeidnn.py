@@ -222,6 +222,8 @@ class JEIDNNForImageClassification(CalibratedMixin, PreTrainedModel):
                 self.config.save_backbone = True
             self.config.backbone_fingerprint = found
         self._choose_what_is_stored()
+        if self._auto_class is None:  # this code is not beside the weights; export_code says where it is
+            vars(self.config).pop("auto_map", None)
         push_to_hub = kwargs.pop("push_to_hub", False)
         push = {key: kwargs.pop(key) for key in _OF_A_PUSH if key in kwargs}
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
