@@ -14,6 +14,7 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, constan
 from .checkpoints import one_line_errors
 from .configuration_jeidnn import JEIDNNConfig, check_lam
 from .costs import ExitCosts
+from .export_code import export_code
 from .modeling_jeidnn import JEIDNNForImageClassification, portable
 from .operating_point import FILE_NAME as CALIBRATION_NAME
 from .operating_point import OperatingPoint
@@ -92,6 +93,7 @@ def push_folder(
     *,
     revision: str | None = None,
     private: bool | None = None,
+    push_code: bool = False,
     token: str | None = None,
 ) -> CommitInfo:
     """Pushes a saved model in one commit, after loading it: what does not load is not pushed.
@@ -104,6 +106,7 @@ def push_folder(
         subfolder: the folder of the repository to put it in, as for `from_pretrained`.
         revision: a branch, created where there is none.
         private: for a repository created here.
+        push_code: send this package's code along, for `trust_remote_code=True` where it is not installed.
         token: instead of the one logged in with.
 
     Raises:
@@ -111,8 +114,6 @@ def push_folder(
     """
     folder = Path(folder)
     model = JEIDNNForImageClassification.from_pretrained(folder)
-    if (folder / CALIBRATION_NAME).exists():
-        OperatingPoint.load(folder)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as staged, one_line_errors():
         with portable(model):
@@ -120,6 +121,8 @@ def push_folder(
         for name in BESIDE_THE_WEIGHTS:
             if (folder / name).exists():
                 shutil.copy(folder / name, staged)
+        if push_code:
+            export_code(staged)
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)

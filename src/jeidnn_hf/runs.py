@@ -25,7 +25,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from .data import ImageView, Preprocessing
+from .data import ImageView
 from .evaluation import EvaluationReport, evaluate
 from .feature_cache import CachedFeatures, cached_role
 from .files import write_text
@@ -33,6 +33,7 @@ from .metrics import accuracy_at_cost
 from .modeling_jeidnn import JEIDNNForImageClassification
 from .operating_point import OperatingPoint
 from .policies import ConfidenceThreshold
+from .preprocessing import Preprocessing
 from .record import ExitRecord
 from .reports import FOLDER, load_costs, load_curves, load_logs, save_curve
 from .run_config import TrainConfig, read_run_config
@@ -73,17 +74,13 @@ class RunFolder:
     def images(self, model: JEIDNNForImageClassification, role: str, limit: int | None = None) -> ImageView:
         """The pictures of a role as the model sees them."""
         source, rows = self.splits.roles[role]
-        return ImageView(self.sources[source], rows[:limit], self.preprocessing(model))
-
-    def preprocessing(self, model: JEIDNNForImageClassification) -> Preprocessing:
-        config, changes = model.config, self.config["model"].get("preprocessing")
-        return Preprocessing.of_backbone(config.backbone, config.image_size, config.num_channels, changes)
+        return ImageView(self.sources[source], rows[:limit], Preprocessing.from_dict(model.config.preprocessing))
 
     def features(self, model: JEIDNNForImageClassification, role: str) -> CachedFeatures:
         """The role's exit features in float32, from the cache or into it."""
         cache = Path(self.config["data"].get("cache_dir") or self.folder / "cache")
         options = {"dtype": torch.float32}
-        return cached_role(model.backbone, self.sources, self.splits, role, self.preprocessing(model), cache, **options)
+        return cached_role(model.backbone, self.sources, self.splits, role, Preprocessing.from_dict(model.config.preprocessing), cache, **options)
 
     def records(
         self, name: str, model: JEIDNNForImageClassification | None = None, roles: Sequence[str] = HELD_OUT
