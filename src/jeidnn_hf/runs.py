@@ -79,8 +79,9 @@ class RunFolder:
     def features(self, model: JEIDNNForImageClassification, role: str) -> CachedFeatures:
         """The role's exit features in float32, from the cache or into it."""
         cache = Path(self.config["data"].get("cache_dir") or self.folder / "cache")
+        preprocessing = Preprocessing.from_dict(model.config.preprocessing)
         options = {"dtype": torch.float32}
-        return cached_role(model.backbone, self.sources, self.splits, role, Preprocessing.from_dict(model.config.preprocessing), cache, **options)
+        return cached_role(model.backbone, self.sources, self.splits, role, preprocessing, cache, **options)
 
     def records(
         self, name: str, model: JEIDNNForImageClassification | None = None, roles: Sequence[str] = HELD_OUT
