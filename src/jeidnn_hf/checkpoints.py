@@ -30,11 +30,6 @@ def check_checkpoint(name: str | os.PathLike, where: dict[str, Any]) -> None:
     """
     where = {key: value for key, value in where.items() if key != "force_download"}  # once is enough
     values, _ = JEIDNNConfig.get_config_dict(name, **where)
-    if not values:
-        raise ValueError(
-            f"Expected config.json in {str(name)!r}, but there is none; pass subfolder= for a checkpoint in one of its "
-            "folders."
-        )
     if values.get("model_type") != JEIDNNConfig.model_type:
         raise ValueError(
             f"Expected a JEI-DNN checkpoint in {str(name)!r}, but got model_type {values.get('model_type')!r}."

@@ -142,7 +142,7 @@ class JEIDNNConfig(PreTrainedConfig):
         except TypeError as error:
             raise ValueError(f"{where} it holds no mapping.") from error
         if not isinstance(values, Mapping) or not values:
-            raise ValueError(f"{where} there is none, or it holds no mapping.")
+            raise ValueError(f"{where} there is none, or no mapping in it; pass subfolder= for one of its folders.")
         return values, kwargs
 
     def check(self) -> None:
