@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hub_server import LocalHub
 from jeidnn_hf import JEIDNNForImageClassification
 from jeidnn_hf.export_code import export_code, flat_modules
 from small_models import operating_point, pictures, pixels, small_model
@@ -23,21 +23,21 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-folder = sys.argv[1]
+name = sys.argv[1]
 for load in (AutoModelForImageClassification, AutoImageProcessor):
     try:
-        load.from_pretrained(folder, trust_remote_code=False)
+        load.from_pretrained(name, trust_remote_code=False)
     except ValueError as error:
         assert "trust_remote_code=True" in str(error), error
     else:
         raise AssertionError("loaded without trust")
-model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules."), type(model)
-processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=True)
 images = [PIL.Image.open(path) for path in sorted(Path(sys.argv[2]).glob("*.png"))]
 values = processor(images, return_tensors="pt")["pixel_values"]
 answer = dict(model.predict_sets(values, alpha=0.1))
-assert pipeline("image-classification", model=folder, trust_remote_code=True)(images[0])[0]["label"]
+assert pipeline("image-classification", model=name, trust_remote_code=True)(images[0])[0]["label"]
 model.save_pretrained("again")
 again = AutoModelForImageClassification.from_pretrained("again", trust_remote_code=True)
 assert (again(values).logits == model(values).logits).all()
@@ -58,12 +58,11 @@ def test_a_checkpoint_loads_without_the_package_and_answers_the_same(tmp_path):
     assert changed.pop("auto_map")["AutoConfig"] == "configuration_jeidnn.JEIDNNConfig" and changed == config
     for number, image in enumerate(pictures(24, seed=9)):
         image.save(shown / f"{number:02}.png")
-    variables = {"HF_HOME": str(elsewhere / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
-    done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, folder, shown],
-        cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    with LocalHub() as hub:
+        hub.add("org/with-code", {path.name: path.read_bytes() for path in folder.iterdir()})
+        command = [sys.executable, "-c", ELSEWHERE, "org/with-code", str(shown)]
+        options = {"cwd": elsewhere, "env": hub.env(elsewhere / "home"), "timeout": 300}
+        done = subprocess.run(command, capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stderr
     answer, values = load_file(elsewhere / "answer.safetensors"), pixels(model, 24, seed=9)
     expected = model.predict_sets(values, alpha=0.1)

@@ -137,13 +137,14 @@ def tensors(content: bytes) -> dict[str, torch.Tensor]:
 
 def test_a_backbone_of_timm_is_not_pushed(pushed):
     repo = pushed.hub.repos[VIT]
-    assert sorted(repo.tree()) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(repo.tree()) == ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
     assert not [key for key in tensors(repo.tree()["model.safetensors"]) if key.startswith("backbone")]
 
 
 def test_a_backbone_from_a_local_file_goes_along_once(pushed):
     repo = pushed.hub.repos[ANY]
-    assert sorted(repo.uploaded[0]) == ["README.md", "backbone.safetensors", "config.json", "model.safetensors"]
+    saved = {"backbone.safetensors", "config.json", "model.safetensors", "preprocessor_config.json"}
+    assert set(repo.uploaded[0]) == saved | {"README.md"}
     assert len(repo.uploaded) == 2 and list(repo.uploaded[1]) == ["model.safetensors"]
     assert not [key for key in tensors(repo.tree()["model.safetensors"]) if key.startswith("backbone")]
     assert json.loads(repo.tree()["config.json"])["backbone_weights"] == "backbone.safetensors"
@@ -156,7 +157,7 @@ def test_a_revision_is_a_branch(pushed):
 
 
 def test_runs_go_to_a_repository_each_or_to_folders_of_one(pushed):
-    files = {"backbone.safetensors", "config.json", "model.safetensors"}
+    files = {"backbone.safetensors", "config.json", "model.safetensors", "preprocessor_config.json"}
     one, low, high = (pushed.hub.repos[f"{RUNS}{tail}"].tree() for tail in ("", "-lam0.1", "-lam2"))
     assert set(low) == files and set(high) == files | {"calibration.json"}
     expected = {f"lam0.1/{name}" for name in low} | {f"lam2/{name}" for name in high} | {"README.md"}
