@@ -167,7 +167,7 @@ def test_runs_go_to_a_repository_each_or_to_folders_of_one(pushed):
 def test_the_index_card_shows_how_to_load_what(pushed):
     repo = pushed.hub.repos[RUNS]
     each, folders = repo.commits[list(repo.commits)[1]]["README.md"].decode(), repo.tree()["README.md"].decode()
-    assert folders.startswith("---\nlibrary_name: transformers\n")
+    assert folders.startswith("---\nlibrary_name: jeidnn-hf\n")
     rows = [line.strip("| ").split(" | ") for line in folders.splitlines() if line.startswith("| [")]
     assert [row[1:4] for row in rows] == [
         [f'`"{RUNS}", subfolder="lam0.1"`', "0.1", "3"],
