@@ -158,7 +158,7 @@ def evaluate_run(
         records = run.records(name, model)
         native = run.native_accuracy(model) if native is None else native
         config, kind, seed = model.config, kind_of(name), seed_of(name)
-        lams = _lambdas(config, num_lambdas)
+        lams = lambdas(config, num_lambdas)
         reports = [_evaluate(records, model.policy, lam) for lam in lams]
         if speed_images:
             half = min(reports, key=lambda report: abs(report.normalised_mul_adds - 0.5))
@@ -192,7 +192,8 @@ def evaluate_run(
     return summary
 
 
-def _lambdas(config: JEIDNNConfig, count: int) -> list[float]:
+def lambdas(config: JEIDNNConfig, count: int) -> list[float]:
+    """Where a checkpoint is evaluated: its own lambda and, of a range, ``count`` spread over it in logarithm."""
     if not config.has_lam_range:
         return [config.lam]
     spread = np.geomspace(*config.lam, count).tolist()
