@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--dataset", help="its short name; default: that of the folder's config.yaml")
     parser.add_argument("--revision", help="branch to push to")
     parser.add_argument("--private", action="store_true", help="make new repositories private")
+    parser.add_argument("--push-code", action="store_true", help="send the code along, for trust_remote_code=True")
     options = parser.parse_args()
     try:
         push_runs(options)
@@ -61,7 +62,9 @@ def push_runs(options: argparse.Namespace) -> None:
             if options.one_repo
             else Place(folder, f"{options.org}/{repo}")
         )
-        push_folder(*place, revision=options.revision, private=options.private or None)
+        push_folder(
+            *place, revision=options.revision, private=options.private or None, push_code=options.push_code
+        )
         places.append(place)
         print(f"{name}: pushed to {place.repo_id}" + (f", folder {place.subfolder}" if place.subfolder else ""))
     card = index_card(root.split("/")[-1], places)

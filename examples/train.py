@@ -67,11 +67,8 @@ def train(options: argparse.Namespace) -> None:
         set_seed(trainings[name].seed)
         names = sources["train"].features["label"].names
         choice = {"id2label": dict(enumerate(names)), **models[name]}
-        changes = choice.pop("preprocessing", None)
         model = JEIDNNForImageClassification.from_backbone_pretrained(**choice)
-        preprocessing = Preprocessing.of_backbone(
-            model.config.backbone, model.config.image_size, model.config.num_channels, changes
-        )
+        preprocessing = Preprocessing.from_dict(model.config.preprocessing)
         cache = Path(data.get("cache_dir") or output_dir / "cache")
         views = range(data.get("views", 1))
         features = cached_role(model.backbone, sources, splits, "train", preprocessing, cache, views=views)

@@ -12,11 +12,13 @@ import datasets
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import pipeline
 
 from jeidnn_hf import JEIDNNConfig, JEIDNNForImageClassification, JEIDNNTrainer, JEIDNNTrainingArguments
 from jeidnn_hf.data import ImageView, Preprocessing
 from jeidnn_hf.operating_point import OperatingPoint
 from jeidnn_hf.splits import SplitInfo
+from small_models import pictures
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "push_to_hub.py"
 CIFAR = {"backbone": "resnet20_cifar", "num_labels": 10, "recipe": "paper", "exit_stages": [1, 4, 8]}
@@ -100,8 +102,15 @@ def push(folder: Path, weights: str) -> None:
         sys.argv = [str(EXAMPLE), str(runs), "--org", "org", *more]
         runpy.run_path(str(EXAMPLE), run_name="__main__")
 
+    (folder / "pipeline.json").write_text(json.dumps(classify(str(runs / "paper-2.0"))))
     models["trained"] = train(folder / "trained", weights)
     save_file(all_answers(models), folder / "answers.safetensors")
+
+
+def classify(name: str) -> list[dict]:
+    """Labels, exits and sets of pictures."""
+    classifier = pipeline("early-exit-image-classification", model=name, alpha=0.05, method="general")
+    return classifier(pictures(12), batch_size=5)
 
 
 def train(folder: Path, weights: str) -> JEIDNNForImageClassification:
@@ -131,6 +140,7 @@ def pull(folder: Path) -> None:
     assert expected.keys() == found.keys()
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
+    assert classify(f"{RUNS}-lam2") == json.loads((folder / "pipeline.json").read_text())
     assert JEIDNNConfig.from_pretrained(VIT).backbone_weights == "timm"
     models["any"].save_pretrained(folder / "again")
     again = load(folder / "again")

@@ -192,11 +192,11 @@ def test_the_code_runs_as_printed(ranged, capsys):
     assert len(lines) == 8 and all(re.fullmatch(r"LABEL_\d, exit [1-4], \d\.\d{3} of .*", line) for line in lines[:4])
     with torch.inference_mode():
         output = ranged.model(names["pixel_values"], lam=ranged.point.lam)
-    assert torch.equal(names["output"].exit_index, output.exit_index)
+    assert torch.equal(names["prediction"].exit_index, output.exit_index)
     scaled = output.logits / torch.tensor(ranged.point.temperatures)[output.exit_index, None]
     limits = torch.tensor(ranged.point.thresholds["grouped"][0.05])[output.exit_index, None]
-    assert torch.equal(names["sets"], 1 - scaled.softmax(-1) <= limits)
-    assert lines[4:] == [str([f"LABEL_{k}" for k in range(CLASSES) if row[k]]) for row in names["sets"]]
+    assert torch.equal(names["prediction"].sets, 1 - scaled.softmax(-1) <= limits)
+    assert lines[4:] == [str([f"LABEL_{k}" for k in range(CLASSES) if row[k]]) for row in names["prediction"].sets]
 
 
 def test_the_code_of_a_repository_loads_by_its_id(ranged, monkeypatch):
@@ -208,9 +208,22 @@ def test_the_code_of_a_repository_loads_by_its_id(ranged, monkeypatch):
     monkeypatch.setattr(
         JEIDNNForImageClassification, "from_pretrained", lambda name: asked.append(name) or load(ranged.folder)
     )
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or ranged.folder)
     exec(compile(code, "card", "exec"), {})
-    assert asked == ["org/m", "org/m"]
+    assert asked == ["org/m"]
+
+
+def test_the_code_asks_for_sets_where_they_are_calibrated(tmp_path):
+    """The checkpoint's own lambda is another, or the operating point names none."""
+    model = build(tmp_path / "range", recipe="default", lam=[LAMBDAS[0], LAMBDAS[-1]])
+    evaluated(model, LAMBDAS[:1])[1][0].save(tmp_path / "range")
+    one = build(tmp_path / "one", recipe="paper", lam=0.5)
+    replace(evaluated(one, [0.5])[1][0], lam=None).save(tmp_path / "one")
+    for folder, lam in ((tmp_path / "range", "0.01"), (tmp_path / "one", "0.5")):
+        (path,) = write_card(folder, point=OperatingPoint.load(folder))
+        assert f"Conformal, at λ = {lam}:" in path.read_text()
+        names = {}
+        exec(compile(code_of(path.read_text()), "card", "exec"), names)
+        assert names["model"].config.current_lam == float(lam) and names["prediction"].sets.shape == (4, CLASSES)
 
 
 def test_a_model_of_one_lambda_without_results_has_a_card_too(tmp_path, capsys):
@@ -332,7 +345,7 @@ def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     names, reports = {"paper-lam0.1-seed1": 0.1, "paper-lam1-seed1": 1.0}, []
     for name, lam in names.items():
-        model = build(folder / name, recipe="paper", lam=lam)
+        model = build(folder / name, recipe="paper", lam=lam, preprocessing={"mean": [0.25, 0.5, 0.75]})
         found, points = evaluated(model, [lam])
         reports += found
         points[0].save(folder / name)
@@ -341,7 +354,7 @@ def run_folder(tmp_path_factory):
     splits.save(folder / "splits.json")
     config = {
         "output_dir": str(folder), "data": {"dataset": "cifar10", "views": 2},
-        "model": {"backbone": "resnet20_cifar", "preprocessing": {"mean": [0.25, 0.5, 0.75]}},
+        "model": {"backbone": "resnet20_cifar"},
         "training": {"recipe": "paper", "seed": 1, "logging_steps": 7},
         "runs": {name: {"training": {"num_train_epochs": 3}} for name in names},
     }  # fmt: skip
@@ -367,7 +380,8 @@ def test_the_command_finds_what_its_run_knows(run_folder, tmp_path, capsys):
     settings = dict(table_after(card.text, "## Training"))
     assert settings["train images"] == "40" and settings["num_train_epochs"] == "3" and settings["seed"] == "1"
     assert settings["views of each training image"] == "2" and "logging_steps" not in settings
-    assert "minus [0.25, 0.5, 0.75]" in card.text and "### Operating points" not in card.text
+    assert "minus [0.25, 0.5, 0.75]" in card.text  # of the saved config
+    assert "### Operating points" not in card.text
     assert not (folder / "paper-lam1-seed1" / "README.md").exists()
 
 

@@ -628,7 +628,8 @@ def test_only_the_exits_are_stored_where_the_backbone_has_a_file(heads_only, tra
     exits = {key: value for key, value in trained.state_dict().items() if not key.startswith("backbone.")}
     assert equal(state, exits)
     assert (heads_only / "model.safetensors").stat().st_size < 20_000
-    assert {path.name for path in heads_only.iterdir()} == {"config.json", "model.safetensors"}
+    names = {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert {path.name for path in heads_only.iterdir()} == names
 
 
 def test_a_heads_only_checkpoint_loads_as_it_was(heads_only, trained, weights):

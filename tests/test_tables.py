@@ -11,6 +11,7 @@ from jeidnn_hf.operating_point import OperatingPoint
 from jeidnn_hf.splits import SplitInfo
 from jeidnn_hf.tables import (
     TrainingCost,
+    class_groups_table,
     costs_table,
     exits_table,
     lambdas_table,
@@ -131,3 +132,14 @@ def test_thresholds_of_an_operating_point():
     for asked in ({"alphas": (0.01,)}, {"alphas": (0.05,), "method": "gated"}):
         with pytest.raises(ValueError, match="^Expected '(grouped|gated)' thresholds at some of"):
             thresholds_table(point, **asked)
+
+
+def test_groups_of_classes():
+    report = curve(0)[0]
+    report = replace(report, class_accuracy=[0.5, None, 1.0, 0.25])
+    covered = replace(report.set_at(0.1, "gated"), class_coverage=[0.9, 0.8, None, 0.7])
+    report = replace(report, sets=[covered])
+    header, row = cells(class_groups_table({"m": report}, {"many": [0, 1], "few": [2, 3]}, 0.1, "gated"))
+    assert header[2:] == ["many (2): acc. (%)", "many (2): cov. (%)", "few (2): acc. (%)", "few (2): cov. (%)"]
+    assert row[2:] == ["50.00", "85.00", "62.50", "70.00"]
+    assert cells(class_groups_table({"m": replace(report, sets=[])}, {"medium": []}))[1][2:] == ["-", "-"]

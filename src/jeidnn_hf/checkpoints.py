@@ -31,11 +31,6 @@ def check_checkpoint(name: str | os.PathLike, where: dict[str, Any]) -> None:
     """
     where = {key: value for key, value in where.items() if key != "force_download"}  # once is enough
     values, _ = JEIDNNConfig.get_config_dict(name, **where)
-    if not values:
-        raise ValueError(
-            f"Expected config.json in {str(name)!r}, but there is none; pass subfolder= for a checkpoint in one of its "
-            "folders."
-        )
     if values.get("model_type") != JEIDNNConfig.model_type:
         raise ValueError(
             f"Expected a JEI-DNN checkpoint in {str(name)!r}, but got model_type {values.get('model_type')!r}."
@@ -46,9 +41,9 @@ def check_checkpoint(name: str | os.PathLike, where: dict[str, Any]) -> None:
             f"{values['transformers_weights']!r}."
         )
     JEIDNNConfig.from_dict(values)
-    if _fetch(name, SAFE_WEIGHTS_NAME, where) is not None:
+    if fetch(name, SAFE_WEIGHTS_NAME, where) is not None:
         return
-    index = _fetch(name, SAFE_WEIGHTS_INDEX_NAME, where)
+    index = fetch(name, SAFE_WEIGHTS_INDEX_NAME, where)
     if index is None:
         raise ValueError(
             f"Expected {SAFE_WEIGHTS_NAME} in {str(name)!r}, but there is none; push or save the trained exits there "
@@ -59,7 +54,8 @@ def check_checkpoint(name: str | os.PathLike, where: dict[str, Any]) -> None:
         raise ValueError(f"Expected the index of {str(name)!r} to name files beside it, but got {outside[0]!r}.")
 
 
-def _fetch(name: str | os.PathLike, file: str, where: dict[str, Any]) -> str | None:
+def fetch(name: str | os.PathLike, file: str, where: dict[str, Any]) -> str | None:
+    """The path of a file of a folder or a repository, None where it has none of that name."""
     try:
         return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **where)
     except (OSError, ValueError):

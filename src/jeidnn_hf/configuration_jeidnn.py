@@ -57,6 +57,8 @@ class JEIDNNConfig(PreTrainedConfig):
         save_backbone (`bool`): store the backbone in the checkpoint even where it can be rebuilt.
         backbone_kwargs (`dict`, *optional*): further arguments of `timm.create_model`.
         image_size, num_channels (`int`): the images; by default the backbone's own size, and 3 channels.
+        preprocessing (`dict`, *optional*): how a picture becomes a tensor: fields of `preprocessing.Preprocessing`, or
+            entries of timm's description to change; the model fills in the rest.
         native_head (`bool`): the last exit is the backbone's own classifier (the paper's f^L = h^L). False trains one.
         recipe (`str`): `"paper"` or `"default"`: what the fields below are where they are None.
         exit_stages (`list[int]`, *optional*): the blocks, from 0, with an exit after them. Default: all.
@@ -89,6 +91,7 @@ class JEIDNNConfig(PreTrainedConfig):
     backbone_kwargs: dict | None = None
     image_size: int | None = None
     num_channels: int = 3
+    preprocessing: dict | None = None
     native_head: bool = True
     recipe: str = "default"
     exit_stages: list[int] | None = None
@@ -139,7 +142,7 @@ class JEIDNNConfig(PreTrainedConfig):
         except TypeError as error:
             raise ValueError(f"{where} it holds no mapping.") from error
         if not isinstance(values, Mapping) or not values:
-            raise ValueError(f"{where} there is none, or it holds no mapping.")
+            raise ValueError(f"{where} there is none, or no mapping in it; pass subfolder= for one of its folders.")
         return values, kwargs
 
     def check(self) -> None:

@@ -133,7 +133,7 @@ def _train_exits(recipe: str, weights: Path, sources, splits: Splits, folder: Pa
     set_seed(seed)
     model = JEIDNNForImageClassification.from_backbone_pretrained(
         BACKBONE, 10, weights, recipe=recipe, image_size=8, num_channels=1, backbone_kwargs=BACKBONE_KWARGS,
-        head_dim=64, **config,
+        preprocessing=PREPROCESSING.to_dict(), head_dim=64, **config,
     )  # fmt: skip
     train, validation, test = (_features(model, sources, splits, r) for r in ("train", "validation", "test"))
     paper = {"warmup_epochs": max(1, epochs // 4), "bi_switch": 40}

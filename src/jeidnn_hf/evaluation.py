@@ -134,11 +134,11 @@ class EvaluationReport:
         if found != SCHEMA_VERSION:
             expected = f"a report of schema {SCHEMA_VERSION}"
             raise ValueError(f"Expected {expected}, but {where} has {found!r}; evaluate again.")
-        check_arguments(where, values, cls)
         try:
+            check_arguments(where, values, cls)
             return cls(**{**values, "sets": [SetReport(**sets) for sets in values["sets"]]})
-        except TypeError as error:
-            raise ValueError(f"Expected a report as it was saved, but {where} has {error}; evaluate again.") from error
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Expected a report as it was saved, but {where} is not: {error}") from error
 
     def save(self, path: str | Path) -> None:
         write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False))

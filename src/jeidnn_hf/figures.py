@@ -31,6 +31,7 @@ def draw_figures(
     logs: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     costs: Mapping[str, ExitCosts] | None = None,
     trainings: Mapping[str, tables.TrainingCost] | None = None,
+    groups: Mapping[str, Sequence[int]] | None = None,
 ) -> list[Path]:
     """Draws everything that the reports give into a folder and writes ``figures.md``; returns the paths of all files.
 
@@ -44,6 +45,7 @@ def draw_figures(
         logs: run -> the trainer's ``log_history``, for the training curves.
         costs: network -> cost table, for Tables 2 and 3.
         trainings: method -> what its training took, for Table 1.
+        groups: name -> class numbers, for accuracy and coverage by group of classes.
 
     Raises:
         ValueError: no reports, reports on different images, conformal sets in some of them only, an unknown format, an
@@ -86,6 +88,9 @@ def draw_figures(
         page += ["There are no conformal sets: the reports were made without calibration data.", ""]
     for heading, table in _tables(curves, alpha, sets, _middle(budgets), costs or {}, trainings or {}):
         page += [f"## {heading}", "", table]
+    if groups:
+        reports = at_budget(curves, _middle(budgets))
+        page += ["## Groups of classes", "", tables.class_groups_table(reports, groups, alpha, sets)]
     (folder / PAGE).write_text("\n".join(page), encoding="utf-8")
     return [*written, folder / PAGE]
 

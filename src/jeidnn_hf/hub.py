@@ -14,6 +14,7 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, constan
 from .checkpoints import one_line_errors
 from .configuration_jeidnn import JEIDNNConfig, check_lam
 from .costs import ExitCosts
+from .export_code import export_code
 from .model_card import CARD_NAME, FIGURE_NAME, LIBRARY_NAME, TASK, load_card
 from .modeling_jeidnn import JEIDNNForImageClassification, portable
 from .operating_point import FILE_NAME as CALIBRATION_NAME
@@ -93,6 +94,7 @@ def push_folder(
     *,
     revision: str | None = None,
     private: bool | None = None,
+    push_code: bool = False,
     token: str | None = None,
 ) -> CommitInfo:
     """Pushes a saved model in one commit, after loading it: what does not load is not pushed.
@@ -105,6 +107,7 @@ def push_folder(
         subfolder: the folder of the repository to put it in, as for `from_pretrained`.
         revision: a branch, created where there is none.
         private: for a repository created here.
+        push_code: send this package's code along, for `trust_remote_code=True` where it is not installed.
         token: instead of the one logged in with.
 
     Raises:
@@ -112,8 +115,6 @@ def push_folder(
     """
     folder = Path(folder)
     model = JEIDNNForImageClassification.from_pretrained(folder)
-    if (folder / CALIBRATION_NAME).exists():
-        OperatingPoint.load(folder)
     if (folder / CARD_NAME).exists():
         load_card(folder)
     api = HfApi(token=token)
@@ -123,6 +124,8 @@ def push_folder(
         for name in BESIDE_THE_WEIGHTS:
             if (folder / name).exists():
                 shutil.copy(folder / name, staged)
+        if push_code:
+            export_code(staged)
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)

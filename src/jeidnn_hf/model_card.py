@@ -18,11 +18,11 @@ from .backbones import pretrained_cfg
 from .backbones.loading import HUB_WEIGHTS
 from .configuration_jeidnn import JEIDNNConfig
 from .costs import ExitCosts
-from .data import Preprocessing
 from .evaluation import EvaluationReport
 from .files import written_whole
 from .operating_point import ALPHAS, OperatingPoint
 from .plots import plot_frontier
+from .preprocessing import Preprocessing
 from .sources import DATASETS
 from .training_args import TRAINING_RECIPES, JEIDNNTrainingArguments
 
@@ -92,7 +92,6 @@ def build_card(
     folder: str | Path | None = None,
     repo_id: str | None = None,
     dataset: str | None = None,
-    preprocessing: Preprocessing | None = None,
     training: Mapping[str, Any] | None = None,
     license: str | None = None,
     tags: Sequence[str] | str = (),
@@ -108,7 +107,6 @@ def build_card(
         point: the checkpoint's operating point, with the conformal thresholds.
         folder, repo_id: where it can be loaded from, for the code that the card shows; the repository if both.
         dataset: its short name or id of the Hub; by default that of the reports or of the operating point.
-        preprocessing: how pictures become pixels; by default as timm evaluates the backbone.
         training: settings to show, see `training_settings`.
         license: by default timm's for the backbone's weights, where they are of timm.
         tags: besides `TAGS`.
@@ -135,8 +133,6 @@ def build_card(
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
         eval_results=results or None,
     )
-    if preprocessing is None:
-        preprocessing = Preprocessing.of_backbone(config.backbone, config.image_size, config.num_channels)
     thresholds = (point.thresholds if point else {}).get(SETS, {})
     return ModelCard.from_template(
         data,
@@ -147,16 +143,17 @@ def build_card(
         num_classes=config.num_labels,
         dataset=dataset,
         source=json.dumps(str(repo_id or folder or name)),
-        is_repository=repo_id is not None,
-        preprocessing=preprocessing,
+        preprocessing=Preprocessing.from_dict(config.preprocessing) if config.preprocessing else None,
         report=own,
-        is_at_own_lam=own is not None and math.isclose(own.lam, config.current_lam, rel_tol=1e-6),
+        is_at_own_lam=own is not None and _is_own(config, own.lam),
         images=_images(reports) if reports else None,
         sets=[found for found in own.sets if found.method == SETS and found.alpha in ALPHAS] if own else [],
         exits_table=tables.exits_table(replace(own, sets=[])) if own else None,
         lambdas_table=tables.lambdas_table(reports) if len(reports) > 1 else None,
         figure=FIGURE_NAME if reports else None,
         point=point if thresholds else None,
+        point_lam=point and _lam_of(config, point),
+        point_is_at_own_lam=point is not None and _is_own(config, _lam_of(config, point)),
         method=SETS,
         snippet_alpha=0.05 if 0.05 in thresholds else next(iter(thresholds), None),
         thresholds_table=tables.thresholds_table(point, ALPHAS, SETS) if thresholds else None,
@@ -232,10 +229,19 @@ def _check_of_this_model(
     if point is not None and None not in (own := {point.backbone, config.backbone_fingerprint}) and len(own) > 1:
         expected = config.backbone_fingerprint
         raise ValueError(f"Expected an operating point of backbone {expected}, but got one of {point.backbone}.")
-    for lam in [*(report.lam for report in reports), *([point.lam] if point else [])]:
+    for lam in [*(report.lam for report in reports), *([_lam_of(config, point)] if point else [])]:
         if lam is None:
             raise ValueError("Expected results of the checkpoint's own gates, but got some of a policy without lambda.")
         config.check_lam_in_range(lam)
+
+
+def _lam_of(config: JEIDNNConfig, point: OperatingPoint) -> float | None:
+    """Of a checkpoint of one lambda, that one where the point names none."""
+    return config.lam if point.lam is None and not config.has_lam_range else point.lam
+
+
+def _is_own(config: JEIDNNConfig, lam: float) -> bool:
+    return math.isclose(lam, config.current_lam, rel_tol=1e-6)
 
 
 def _hub_id(dataset: str) -> str:

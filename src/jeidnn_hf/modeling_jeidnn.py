@@ -21,13 +21,18 @@ from transformers.utils import ModelOutput, cached_file, logging
 
 from .backbones import build_model, fingerprint, pretrained_cfg, select, staged_backbone
 from .backbones.loading import HUB_WEIGHTS, STORED_WEIGHTS
-from .checkpoints import FROM_THE_HUB, check_checkpoint, one_line_errors
+from .calibrated import CalibratedMixin
+from .checkpoints import FROM_THE_HUB, check_checkpoint, fetch, one_line_errors
 from .configuration_jeidnn import JEIDNNConfig
 from .costs import ExitCosts, exit_costs
 from .files import written_whole
 from .gates import GATES, LearnedGates
 from .heads import ExitHeads
+from .image_processing_jeidnn import JEIDNNImageProcessor
 from .objectives import PROBLEM_COSTS, expected_cost, task_cost, total_cost
+from .operating_point import FILE_NAME as CALIBRATION_NAME
+from .operating_point import OperatingPoint
+from .preprocessing import Preprocessing
 
 logger = logging.get_logger(__name__)
 
@@ -65,7 +70,7 @@ class MismatchedShapes(ValueError, RuntimeError):
     """A ValueError, as all of ours, that is also the RuntimeError of transformers, for code that expects that."""
 
 
-class JEIDNNForImageClassification(PreTrainedModel):
+class JEIDNNForImageClassification(CalibratedMixin, PreTrainedModel):
     """A frozen timm backbone with an inference module and a gate at every exit.
 
     Without labels the network stops for each image at the first exit whose gate is open. With labels, or with
@@ -86,6 +91,7 @@ class JEIDNNForImageClassification(PreTrainedModel):
         self._weights_file: str | None = None
         if config.image_size is None:
             config.image_size = pretrained_cfg(config.backbone)["input_size"][-1]
+        config.preprocessing = _resolve_preprocessing(config)
         with torch.device("cpu"):
             self.backbone = staged_backbone(
                 self._build_backbone(weights=None),
@@ -167,6 +173,8 @@ class JEIDNNForImageClassification(PreTrainedModel):
             kwargs["backbone_weights"] = str(kwargs["backbone_weights"])
         if _DECIDE_COSTS & kwargs.keys():
             kwargs.setdefault("mul_adds", None)
+        if {"backbone", "num_channels"} & kwargs.keys():
+            kwargs.setdefault("preprocessing", None)
         if kwargs.get("use_safetensors") is False:
             raise ValueError("Expected use_safetensors=True, but got False; weights are never loaded from a pickle.")
         kwargs["use_safetensors"] = True
@@ -185,6 +193,9 @@ class JEIDNNForImageClassification(PreTrainedModel):
                 )
                 if model.config.backbone_weights == STORED_WEIGHTS and not model.config.save_backbone:
                     weights_file = cached_file(pretrained_model_name_or_path, STORED_WEIGHTS, **where)
+                calibration = pretrained_model_name_or_path and fetch(
+                    pretrained_model_name_or_path, CALIBRATION_NAME, where
+                )
         except SafetensorError as error:
             raise ValueError(
                 f"Expected complete weights in {str(pretrained_model_name_or_path)!r}, but got a broken file "
@@ -226,6 +237,8 @@ class JEIDNNForImageClassification(PreTrainedModel):
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu":
                 tensor.data = tensor.data.clone()  # not where the file maps it: sums round by the place in memory, too
+        if calibration:
+            model.operating_point = OperatingPoint.load(Path(calibration).parent)
         if save_backbone is not None:
             model.config.save_backbone = save_backbone
         return (model, info) if wants_info else model
@@ -233,7 +246,8 @@ class JEIDNNForImageClassification(PreTrainedModel):
     def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
         """As in transformers, but whole or not at all: an earlier model in the folder stays until this one is complete.
 
-        The backbone is stored only where it cannot be rebuilt from its name and weights.
+        Preprocessing and operating point go beside the weights. The backbone is stored only where it cannot be rebuilt
+        from its name and weights.
 
         Raises:
             WriteError: (an OSError) a full disk, a folder that is a file or cannot be written to.
@@ -245,14 +259,24 @@ class JEIDNNForImageClassification(PreTrainedModel):
                 self.config.save_backbone = True
             self.config.backbone_fingerprint = found
         self._choose_what_is_stored()
+        if self._auto_class is None:  # this code is not beside the weights; export_code says where it is
+            vars(self.config).pop("auto_map", None)
         push_to_hub = kwargs.pop("push_to_hub", False)
         push = {key: kwargs.pop(key) for key in _OF_A_PUSH if key in kwargs}
         with written_whole(save_directory) as temporary:
             super().save_pretrained(temporary, is_main_process, *args, **kwargs)
-            if is_main_process and self.config.backbone_weights == STORED_WEIGHTS and not self.config.save_backbone:
-                self._save_backbone(temporary)
+            if is_main_process:
+                self._save_beside_the_weights(temporary)
         if push_to_hub and is_main_process:
             self.push_to_hub(**{"repo_id": Path(save_directory).name, **push})
+
+    def _save_beside_the_weights(self, folder: Path) -> None:
+        if self.config.backbone_weights == STORED_WEIGHTS and not self.config.save_backbone:
+            self._save_backbone(folder)
+        if self.config.preprocessing is not None:
+            JEIDNNImageProcessor(**self.config.preprocessing).save_pretrained(folder)
+        if self.operating_point is not None:
+            self.operating_point.save(folder)
 
     def push_to_hub(self, *args, **kwargs):
         """As in transformers. A backbone from a local file goes along, in a file that a second push leaves alone."""
@@ -497,6 +521,16 @@ def portable(model: JEIDNNForImageClassification) -> Iterator[None]:
         yield
     finally:
         model.config.backbone_weights = weights
+
+
+def _resolve_preprocessing(config: JEIDNNConfig) -> dict[str, Any] | None:
+    """Every field; None where nothing was said and timm's description of the backbone is of other pictures."""
+    try:
+        return Preprocessing.of_config(config).to_dict()
+    except ValueError:
+        if config.preprocessing is None:
+            return None
+        raise
 
 
 def _check_numbers(name: str, tensor: Tensor) -> None:

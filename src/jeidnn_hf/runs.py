@@ -27,8 +27,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from .configuration_jeidnn import JEIDNNConfig
-from .costs import ExitCosts
-from .data import ImageView, Preprocessing
+from .data import ImageView
 from .evaluation import EvaluationReport, evaluate
 from .feature_cache import CachedFeatures, cached_role
 from .files import write_text
@@ -38,11 +37,12 @@ from .modeling_jeidnn import JEIDNNForImageClassification
 from .operating_point import FILE_NAME as CALIBRATION_NAME
 from .operating_point import OperatingPoint
 from .policies import ConfidenceThreshold
+from .preprocessing import Preprocessing
 from .record import ExitRecord
-from .reports import FOLDER, load_curves, load_logs, save_curve
+from .reports import FOLDER, load_costs, load_curves, load_logs, save_curve
 from .run_config import TrainConfig, read_run_config
-from .sources import Source, load_source, source_options
-from .splits import Splits
+from .sources import Source, load_source, read_labels, source_options
+from .splits import Splits, class_groups
 
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 ALPHAS = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04, 0.045, 0.05, 0.1)
@@ -78,17 +78,14 @@ class RunFolder:
     def images(self, model: JEIDNNForImageClassification, role: str, limit: int | None = None) -> ImageView:
         """The pictures of a role as the model sees them."""
         source, rows = self.splits.roles[role]
-        return ImageView(self.sources[source], rows[:limit], self.preprocessing(model))
-
-    def preprocessing(self, model: JEIDNNForImageClassification) -> Preprocessing:
-        config, changes = model.config, self.config["model"].get("preprocessing")
-        return Preprocessing.of_backbone(config.backbone, config.image_size, config.num_channels, changes)
+        return ImageView(self.sources[source], rows[:limit], Preprocessing.from_dict(model.config.preprocessing))
 
     def features(self, model: JEIDNNForImageClassification, role: str) -> CachedFeatures:
         """The role's exit features in float32, from the cache or into it."""
         cache = Path(self.config["data"].get("cache_dir") or self.folder / "cache")
+        preprocessing = Preprocessing.from_dict(model.config.preprocessing)
         options = {"dtype": torch.float32}
-        return cached_role(model.backbone, self.sources, self.splits, role, self.preprocessing(model), cache, **options)
+        return cached_role(model.backbone, self.sources, self.splits, role, preprocessing, cache, **options)
 
     def records(
         self, name: str, model: JEIDNNForImageClassification | None = None, roles: Sequence[str] = HELD_OUT
@@ -106,6 +103,12 @@ class RunFolder:
                 record.save(folders[role])
         state.wait_for_everyone()
         return {role: ExitRecord.load(folder) for role, folder in folders.items()}
+
+    def class_groups(self) -> dict[str, list[int]]:
+        """Class numbers by their number of training images, of a long-tailed data set; of another, nothing."""
+        source, rows = self.splits.roles["train"]
+        counts = np.bincount(read_labels(self.sources[source])[rows])
+        return {name: k.tolist() for name, k in class_groups(counts).items()} if counts.max() > 2 * counts.min() else {}
 
     def native_accuracy(self, model: JEIDNNForImageClassification, role: str = "test") -> float | None:
         """Accuracy of the frozen backbone's own classifier; None where the last exit does not keep it."""
@@ -255,19 +258,17 @@ def draw_run(folder: str | Path, output_dir: str | Path) -> list[Path]:
     folder = Path(folder)
     curves = load_curves(folder)
     summary = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    costs = {}
-    for path in sorted(folder.glob("*/config.json")):
-        config = JEIDNNConfig.from_pretrained(path.parent)
-        costs.setdefault(f"{config.backbone}, {kind_of(path.parent.name)}", ExitCosts.from_dict(config.mul_adds))
-    native = summary["backbone_accuracy"]
-    return draw_figures(curves, output_dir, backbone_accuracy=native, logs=load_logs(folder), costs=costs)
+    return draw_figures(
+        curves, output_dir, backbone_accuracy=summary["backbone_accuracy"], logs=load_logs(folder),
+        costs=load_costs(folder), groups=RunFolder(folder).class_groups(),
+    )  # fmt: skip
 
 
 def write_card_of(model_dir: str | Path, output_dir: str | Path | None = None, **options: Any) -> list[Path]:
     """Writes the card of a saved model; returns the files.
 
-    Its operating point is that beside the weights. A model in a run folder has its reports, settings and
-    preprocessing from there, and its figure shows what the run compares it with.
+    Its operating point is that beside the weights. A model in a run folder has its reports and
+    settings from there, and its figure shows what the run compares it with.
 
     Args:
         output_dir: where to write; by default beside the weights.
@@ -286,12 +287,10 @@ def write_card_of(model_dir: str | Path, output_dir: str | Path | None = None, *
 def _known_to_the_run(run: RunFolder, name: str, config: JEIDNNConfig) -> dict[str, Any]:
     """Arguments of `write_card`."""
     own = run.config["runs"].get(name, {})
-    changes = {**run.config["model"], **own.get("model", {})}.get("preprocessing")
     images = {f"{role} images": f"{len(rows):,}" for role, (_, rows) in run.splits.roles.items()}
     settings = training_settings({**run.config.get("training", {}), **own.get("training", {})})
     known = {
         "dataset": run.config["data"]["dataset"],
-        "preprocessing": Preprocessing.of_backbone(config.backbone, config.image_size, config.num_channels, changes),
         "training": {**images, "views of each training image": run.config["data"].get("views", 1), **settings},
     }
     if not (run.folder / FOLDER).exists():

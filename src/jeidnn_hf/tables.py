@@ -130,6 +130,35 @@ def operating_points_table(curves: Curves, alpha: float = 0.05, sets: str = "gro
     return markdown_table(header, rows)
 
 
+def class_groups_table(
+    reports: Mapping[str, EvaluationReport],
+    groups: Mapping[str, Sequence[int]],
+    alpha: float = 0.05,
+    sets: str = "grouped",
+) -> str:
+    """Accuracy at the exits taken, and coverage, mean over the classes of each group (many, medium, few images).
+
+    Args:
+        reports: method -> report; coverage where they have conformal sets.
+        groups: name -> class numbers, see ``splits.class_groups``.
+    """
+    header = ["method", "Mul-Adds (share)"]
+    header += [f"{name} ({len(classes)}): {what} (%)" for name, classes in groups.items() for what in ("acc.", "cov.")]
+    rows = []
+    for method, report in reports.items():
+        row = [method, f"{report.normalised_mul_adds:.3f}"]
+        covered = report.set_at(alpha, sets).class_coverage if report.sets else None
+        for classes in groups.values():
+            row += [_number(_mean_of(values, classes), ".2f", 100) for values in (report.class_accuracy, covered)]
+        rows.append(row)
+    return markdown_table(header, rows)
+
+
+def _mean_of(values: Sequence[float | None] | None, classes: Sequence[int]) -> float | None:
+    known = [values[k] for k in classes if values[k] is not None] if values else []
+    return sum(known) / len(known) if known else None
+
+
 def _number(value: float | None, form: str, scale: float = 1.0) -> str:
     return "-" if value is None else format(scale * value, form)
 

@@ -84,8 +84,7 @@ class JEIDNNTrainer(Trainer):
         eval_dataset: the `validation` role, likewise: early stopping, class-imbalance weights, held-out fits.
 
     With ``push_to_hub=True`` every save is pushed, and `push_to_hub()` after `train()` pushes the trained model, as in
-    transformers; a backbone from a local file goes along. `push_to_hub(reports=..., point=...)` puts results
-    into its card.
+    transformers; a backbone from a local file goes along. `push_to_hub(reports=...)` puts results into its card.
 
     `evaluate()` reports, per exit, accuracy, mean gate value, share of the samples and the mass left,
     1 - sum_{j<l} P(G=j); and the realised cost: task cost + lambda x Mul-Adds of the exits taken.
@@ -340,12 +339,13 @@ class JEIDNNTrainer(Trainer):
     def create_model_card(self, model_name: str | None = None, **options: Any) -> None:
         """Writes our card, with these training settings, into ``output_dir``; `push_to_hub` hands it its arguments.
 
-        ``options``: as of `model_card.write_card`: ``reports`` and ``point`` above all.
+        ``options``: as of `model_card.write_card`: ``reports`` above all; ``point`` is the model's unless given.
         """
         if self.is_world_process_zero():
             training = training_settings(self.args.to_dict())
-            where = {"config": self.model.config, "name": model_name, "repo_id": self.hub_model_id}
-            write_card(self.args.output_dir, **{**where, "training": training, **options})
+            known = {"config": self.model.config, "name": model_name, "repo_id": self.hub_model_id}
+            known |= {"point": self.model.operating_point, "training": training}
+            write_card(self.args.output_dir, **{**known, **options})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
