@@ -150,7 +150,9 @@ def python(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["costs", "--help"], ["demo", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], *([name, "--help"] for name in ("costs", "demo", "card"))]
+)
 def test_help_does_not_wait_for_torch(arguments):
     script = (
         "import sys; from jeidnn_hf.cli import main\n"

@@ -168,7 +168,7 @@ def test_runs_go_to_a_repository_each_or_to_folders_of_one(pushed):
 def test_the_index_card_shows_how_to_load_what(pushed):
     repo = pushed.hub.repos[RUNS]
     each, folders = repo.commits[list(repo.commits)[1]]["README.md"].decode(), repo.tree()["README.md"].decode()
-    assert folders.startswith("---\nlibrary_name: transformers\n")
+    assert folders.startswith("---\nlibrary_name: jeidnn-hf\n")
     rows = [line.strip("| ").split(" | ") for line in folders.splitlines() if line.startswith("| [")]
     assert [row[1:4] for row in rows] == [
         [f'`"{RUNS}", subfolder="lam0.1"`', "0.1", "3"],
@@ -181,7 +181,8 @@ def test_the_index_card_shows_how_to_load_what(pushed):
 def test_the_trainer_pushes_what_can_be_loaded_at_every_save(pushed):
     repo = pushed.hub.repos[TRAINED]
     assert {"backbone.safetensors", "config.json", "model.safetensors"} <= set(repo.uploaded[0])
-    assert "README.md" in repo.tree() and not [name for name in repo.tree() if "optimizer" in name]
+    assert "library_name: jeidnn-hf" in repo.tree()["README.md"].decode()
+    assert not [name for name in repo.tree() if "optimizer" in name]
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +266,7 @@ def raised(pushed):
     hub.add("org/climbs", good | {"../../../../climbed.txt": b"x", "../climbed.safetensors": b"x"})
     hub.add("org/no-backbone", without("backbone.safetensors"))
     hub.add("org/other-backbone", good | {"backbone.safetensors": other})
+    hub.add("org/broken-card", good | {"README.md": b"---\ntags: [early-exit\n---\n"})
     names = [name.removeprefix("org/") for name in hub.repos if name not in known] + ["unknown"]
     cases = {name: ("load", [f"org/{name}"], {}) for name in names} | {
         "short, again": ("load", ["org/short"], {}),
@@ -276,6 +278,7 @@ def raised(pushed):
         "asked for a pickle": ("load", ["org/pickle"], {"use_safetensors": False}),
         "push without a token": ("push", ["org/new"], {"token": False}),
         "push with a reader's token": ("push", ["org/new"], {"token": LocalHub.READ}),
+        "push beside a broken card": ("push", ["org/broken-card"], {"token": LocalHub.WRITE}),
         "push to a forbidden one": ("push", ["org/forbidden"], {"token": LocalHub.WRITE}),
     }
     pushed.run("faults", json.dumps(cases), home="faults")
@@ -308,6 +311,7 @@ def raised(pushed):
         ("other-backbone", "ValueError", "Expected backbone weights with fingerprint"),
         ("push without a token", "OSError", "401"),
         ("push with a reader's token", "OSError", "403 Forbidden: You need a write token"),
+        ("push beside a broken card", "ValueError", "Expected valid YAML in the head of README.md"),
         ("push to a forbidden one", "OSError", "403 Forbidden"),
     ],
 )

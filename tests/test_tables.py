@@ -7,14 +7,18 @@ from dataclasses import replace
 import pytest
 
 from jeidnn_hf.costs import ExitCosts
+from jeidnn_hf.operating_point import OperatingPoint
+from jeidnn_hf.splits import SplitInfo
 from jeidnn_hf.tables import (
     TrainingCost,
     class_groups_table,
     costs_table,
     exits_table,
+    lambdas_table,
     markdown_table,
     methods_table,
     operating_points_table,
+    thresholds_table,
     training_table,
 )
 from toy_reports import THRESHOLDS, curve, two_methods
@@ -104,6 +108,30 @@ def test_operating_points_from_cheap_to_dear():
     lam = replace(curve(0, calibrated=False)[0], lam=0.0625)
     (row,) = cells(operating_points_table({"m": {0: [lam]}}))[1:]
     assert row[2] == "0.0625" and row[-2:] == ["-", "-"]
+
+
+def test_lambdas_in_the_order_given():
+    reports = [replace(report, lam=lam) for report, lam in zip(curve()[:2], (2.0, 0.03), strict=True)]
+    header, *rows = cells(lambdas_table(reports))
+    assert header == ["λ", "accuracy (%)", "Mul-Adds (share)", "Mul-Adds", "ECE (%)"]
+    assert [row[0] for row in rows] == ["2", "0.03"]
+    for row, report in zip(rows, reports, strict=True):
+        shown = [float(row[1]) / 100, float(row[2]), float(row[3].removesuffix("M")) * 1e6, float(row[4]) / 100]
+        expected = [report.accuracy, report.normalised_mul_adds, report.mul_adds, report.ece]
+        assert shown == [pytest.approx(value, rel=1e-3, abs=6e-5) for value in expected]
+
+
+def test_thresholds_of_an_operating_point():
+    thresholds = {"grouped": {0.1: [0.25, float("inf")], 0.05: [0.5, 0.75]}}
+    split = SplitInfo("toy", "validation", "test", 9, "0" * 64)
+    point = OperatingPoint(0.3, [1.0, 2.0], [0, 1], split, thresholds=thresholds, calibration_by_exit=[7, 2])
+    header, *rows = cells(thresholds_table(point, (0.01, 0.05, 0.1)))
+    assert header[3:] == ["threshold (α = 0.05)", "threshold (α = 0.1)"]
+    assert rows == [["1", "1", "7", "0.5000", "0.2500"], ["2", "2", "2", "0.7500", "∞"]]
+    assert cells(thresholds_table(replace(point, calibration_by_exit=[]), (0.05,)))[1][2] == "-"
+    for asked in ({"alphas": (0.01,)}, {"alphas": (0.05,), "method": "gated"}):
+        with pytest.raises(ValueError, match="^Expected '(grouped|gated)' thresholds at some of"):
+            thresholds_table(point, **asked)
 
 
 def test_groups_of_classes():

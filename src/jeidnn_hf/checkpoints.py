@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .configuration_jeidnn import JEIDNNConfig
@@ -65,9 +66,15 @@ def fetch(name: str | os.PathLike, file: str, where: dict[str, Any]) -> str | No
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """The OSErrors of transformers and of the Hub, which go on for many lines, in one; a 403 is called so."""
+    """The OSErrors of transformers and of the Hub, which go on for many lines, in one; a 403 is called so.
+
+    Likewise, as a ValueError, what is wrong with the head of a model card of theirs.
+    """
     try:
         yield
+    except yaml.YAMLError as error:
+        shown = " ".join(str(error).split())
+        raise ValueError(f"Expected valid YAML in the head of README.md there, but got: {shown}; mend it.") from error
     except OSError as error:
         cause: BaseException | None = error
         while cause is not None and getattr(getattr(cause, "response", None), "status_code", None) != 403:

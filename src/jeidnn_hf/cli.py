@@ -51,7 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures.add_argument("--output_dir", type=Path, help="default: RUN_DIR/figures")
     figures.set_defaults(run=_figures)
 
-    for command in (demo, costs, convert, backbones, evaluate, figures):
+    card = commands.add_parser("card", help="write the model card of a saved model, README.md and frontier.png")
+    card.add_argument("model_dir", type=Path, help="in an evaluated run folder, for the results")
+    card.add_argument("--output_dir", type=Path, help="default: MODEL_DIR")
+    card.add_argument("--repo-id", help="org/name, for the code that the card shows; default: MODEL_DIR")
+    card.add_argument("--license", help="id of the Hub, such as apache-2.0; default: that of timm's weights")
+    card.set_defaults(run=_card)
+
+    for command in (demo, costs, convert, backbones, evaluate, figures, card):
         command.add_argument("--json", action="store_true", help="print JSON")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
@@ -133,6 +140,18 @@ def _figures(options: argparse.Namespace) -> None:
     folder = options.output_dir or options.run_dir / "figures"
     paths = draw_run(options.run_dir, folder)
     print(json.dumps([str(path) for path in paths], indent=1) if options.json else f"{len(paths)} files in {folder}")
+
+
+def _card(options: argparse.Namespace) -> None:
+    from .runs import write_card_of
+
+    paths = write_card_of(options.model_dir, options.output_dir, repo_id=options.repo_id, license=options.license)
+    if options.json:
+        print(json.dumps([str(path) for path in paths], indent=1))
+        return
+    print(f"written: {', '.join(map(str, paths))}")
+    if len(paths) == 1:
+        print("without results: there are no reports of this model; `jeidnn evaluate` makes them for a run folder")
 
 
 def _backbones(options: argparse.Namespace) -> None:

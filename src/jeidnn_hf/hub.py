@@ -15,6 +15,7 @@ from .checkpoints import one_line_errors
 from .configuration_jeidnn import JEIDNNConfig, check_lam
 from .costs import ExitCosts
 from .export_code import export_code
+from .model_card import CARD_NAME, FIGURE_NAME, LIBRARY_NAME, TASK, load_card
 from .modeling_jeidnn import JEIDNNForImageClassification, portable
 from .operating_point import FILE_NAME as CALIBRATION_NAME
 from .operating_point import OperatingPoint
@@ -22,7 +23,7 @@ from .operating_point import OperatingPoint
 SHORT_NAMES = {"t2t_vit_7": "t2t7", "t2t_vit_14": "t2t14"}
 """Backbones whose name is shortened in a repository's; the others keep theirs, which has no hyphen."""
 
-BESIDE_THE_WEIGHTS = ("README.md", CALIBRATION_NAME, "preprocessor_config.json")
+BESIDE_THE_WEIGHTS = (CARD_NAME, FIGURE_NAME, CALIBRATION_NAME, "preprocessor_config.json")
 """Files of a saved model that are pushed with it where there are some."""
 
 _NAME = re.compile(
@@ -114,6 +115,8 @@ def push_folder(
     """
     folder = Path(folder)
     model = JEIDNNForImageClassification.from_pretrained(folder)
+    if (folder / CARD_NAME).exists():
+        load_card(folder)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as staged, one_line_errors():
         with portable(model):
@@ -159,7 +162,7 @@ def index_card(title: str, places: Sequence[Place]) -> ModelCard:
     heading += ["calibrated at lambda", "alphas", "calibration samples"]
     table = "\n".join("| " + " | ".join(row) + " |" for row in [heading, ["---"] * len(heading), *rows])
     tags = ["jeidnn", "early-exit"]
-    data = ModelCardData(library_name="transformers", pipeline_tag="image-classification", tags=tags)
+    data = ModelCardData(library_name=LIBRARY_NAME, pipeline_tag=TASK, tags=tags)
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n"
         f"Early-exit image classifiers (JEI-DNN) on a frozen {' or '.join(sorted(backbones))}; load one with "

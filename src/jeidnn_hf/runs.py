@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import time
 from collections import defaultdict
@@ -25,12 +26,15 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from .configuration_jeidnn import JEIDNNConfig
 from .data import ImageView
 from .evaluation import EvaluationReport, evaluate
 from .feature_cache import CachedFeatures, cached_role
 from .files import write_text
 from .metrics import accuracy_at_cost
+from .model_card import training_settings, write_card
 from .modeling_jeidnn import JEIDNNForImageClassification
+from .operating_point import FILE_NAME as CALIBRATION_NAME
 from .operating_point import OperatingPoint
 from .policies import ConfidenceThreshold
 from .preprocessing import Preprocessing
@@ -135,8 +139,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluates every model of a run folder on the test role, and writes reports and summary.
 
-    A checkpoint for a range of lambdas is asked at ``num_lambdas`` of them. For every kind of exits one calibrated
-    max-probability threshold over the same heads, fitted on ``validation``, is evaluated as well.
+    A checkpoint for a range of lambdas is asked at ``num_lambdas`` of them and at its own. For every kind of exits one
+    calibrated max-probability threshold over the same heads, fitted on ``validation``, is evaluated as well.
 
     Returns:
         The summary: ``backbone_accuracy``, ``budgets``, ``accuracy_at_budget`` per method (mean over seeds; None below
@@ -157,7 +161,7 @@ def evaluate_run(
         records = run.records(name, model)
         native = run.native_accuracy(model) if native is None else native
         config, kind, seed = model.config, kind_of(name), seed_of(name)
-        lams = np.geomspace(*config.lam, num_lambdas).tolist() if config.has_lam_range else [config.lam]
+        lams = lambdas(config, num_lambdas)
         reports = [_evaluate(records, model.policy, lam) for lam in lams]
         if speed_images:
             half = min(reports, key=lambda report: abs(report.normalised_mul_adds - 0.5))
@@ -189,6 +193,15 @@ def evaluate_run(
             save_curve(path, method, seed, reports)
     write_text(run.folder / "evaluation.json", json.dumps(summary, indent=1))
     return summary
+
+
+def lambdas(config: JEIDNNConfig, count: int) -> list[float]:
+    """Where a checkpoint is evaluated: its own lambda and, of a range, ``count`` spread over it in logarithm."""
+    if not config.has_lam_range:
+        return [config.lam]
+    spread = np.geomspace(*config.lam, count).tolist()
+    own = config.current_lam
+    return sorted([own, *(lam for lam in spread if not math.isclose(lam, own, rel_tol=1e-6))])
 
 
 def _evaluate(records: dict[str, ExitRecord], policy, lam: float | None = None) -> EvaluationReport:
@@ -249,6 +262,52 @@ def draw_run(folder: str | Path, output_dir: str | Path) -> list[Path]:
         curves, output_dir, backbone_accuracy=summary["backbone_accuracy"], logs=load_logs(folder),
         costs=load_costs(folder), groups=RunFolder(folder).class_groups(),
     )  # fmt: skip
+
+
+def write_card_of(model_dir: str | Path, output_dir: str | Path | None = None, **options: Any) -> list[Path]:
+    """Writes the card of a saved model; returns the files.
+
+    Its operating point is that beside the weights. A model in a run folder has its reports and
+    settings from there, and its figure shows what the run compares it with.
+
+    Args:
+        output_dir: where to write; by default beside the weights.
+        options: of `model_card.write_card`: ``repo_id``, ``license``, ...
+    """
+    folder = Path(model_dir)
+    point = OperatingPoint.load(folder) if (folder / CALIBRATION_NAME).exists() else None
+    config = JEIDNNConfig.from_pretrained(folder)
+    run_dir = folder.resolve().parent
+    known: dict[str, Any] = {}
+    if all((run_dir / name).exists() for name in ("config.yaml", "splits.json")):
+        known = _known_to_the_run(RunFolder(run_dir), folder.resolve().name, config)
+    return write_card(folder, point=point, config=config, output_dir=output_dir, **{**known, **options})
+
+
+def _known_to_the_run(run: RunFolder, name: str, config: JEIDNNConfig) -> dict[str, Any]:
+    """Arguments of `write_card`."""
+    own = run.config["runs"].get(name, {})
+    images = {f"{role} images": f"{len(rows):,}" for role, (_, rows) in run.splits.roles.items()}
+    settings = training_settings({**run.config.get("training", {}), **own.get("training", {})})
+    known = {
+        "dataset": run.config["data"]["dataset"],
+        "training": {**images, "views of each training image": run.config["data"].get("views", 1), **settings},
+    }
+    if not (run.folder / FOLDER).exists():
+        return known
+    curves, kind, seed = load_curves(run.folder), kind_of(name), seed_of(name)
+    reports, siblings = [], []
+    for report in curves.get(kind, {}).get(seed, ()):
+        (reports if config.has_lam_range or report.lam == config.lam else siblings).append(report)
+    if not reports:
+        raise ValueError(f"Expected a report of {name!r} in {str(run.folder)!r}, but got none; run `jeidnn evaluate`.")
+    threshold = f"{kind} heads, threshold"
+    others = {f"{kind} at other λ": siblings, threshold: curves.get(threshold, {}).get(seed, ())}
+    known |= {"reports": reports, "others": {method: found for method, found in others.items() if found}}
+    if (run.folder / "evaluation.json").exists():
+        summary = json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8"))
+        known["backbone_accuracy"] = summary["backbone_accuracy"]
+    return known
 
 
 def budget_table(summary: dict[str, Any]) -> str:

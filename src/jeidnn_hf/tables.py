@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from .costs import ExitCosts
 from .evaluation import EvaluationReport
+from .operating_point import OperatingPoint
 from .reports import Curves, check_comparable
 
 FEATURES = ("fixed backbone", "learnable gates", "trained IMs", "adaptive IM training", "joint training")
@@ -79,6 +81,30 @@ def exits_table(report: EvaluationReport, alpha: float = 0.05, sets: str = "grou
         row.append(f"{report.temperatures[l]:.3f}")
         rows.append(row + ([f"{float(thresholds[l]):.4f}"] if thresholds else []))
     return markdown_table(header, rows)
+
+
+def lambdas_table(reports: Sequence[EvaluationReport]) -> str:
+    """What one checkpoint achieves at each lambda, in the order given."""
+    rows = [
+        [
+            _number(report.lam, ".4g"), f"{100 * report.accuracy:.2f}", f"{report.normalised_mul_adds:.4f}",
+            _short(report.mul_adds), f"{100 * report.ece:.2f}",
+        ]
+        for report in reports
+    ]  # fmt: skip
+    return markdown_table(["λ", "accuracy (%)", "Mul-Adds (share)", "Mul-Adds", "ECE (%)"], rows)
+
+
+def thresholds_table(point: OperatingPoint, alphas: Sequence[float], method: str = "grouped") -> str:
+    """The conformal thresholds of every exit at those of ``alphas`` that were calibrated; ∞ where there is none."""
+    known = [alpha for alpha in alphas if alpha in point.thresholds.get(method, {})]
+    if not known:
+        raise ValueError(f"Expected {method!r} thresholds at some of {list(alphas)}, but got none; calibrate them.")
+    columns = [["∞" if t == math.inf else f"{t:.4f}" for t in point.thresholds_at(alpha, method)] for alpha in known]
+    exits, groups = [str(l + 1) for l in range(len(point.groups))], [str(group + 1) for group in point.groups]
+    left = [str(count) for count in point.calibration_by_exit] or ["-"] * len(exits)
+    header = ["exit", "group", "calibration images that leave", *(f"threshold (α = {alpha:g})" for alpha in known)]
+    return markdown_table(header, list(zip(exits, groups, left, *columns, strict=True)))
 
 
 def operating_points_table(curves: Curves, alpha: float = 0.05, sets: str = "grouped") -> str:

@@ -26,6 +26,7 @@ from .backbones.loading import STORED_WEIGHTS
 from .data import collate
 from .files import WriteError, clear_write_errors
 from .held_out import fit_ensemble, fit_gates
+from .model_card import training_settings, write_card
 from .modeling_jeidnn import JEIDNNForImageClassification
 from .objectives import (
     class_imbalance_weights,
@@ -83,7 +84,7 @@ class JEIDNNTrainer(Trainer):
         eval_dataset: the `validation` role, likewise: early stopping, class-imbalance weights, held-out fits.
 
     With ``push_to_hub=True`` every save is pushed, and `push_to_hub()` after `train()` pushes the trained model, as in
-    transformers; a backbone from a local file goes along.
+    transformers; a backbone from a local file goes along. `push_to_hub(reports=...)` puts results into its card.
 
     `evaluate()` reports, per exit, accuracy, mean gate value, share of the samples and the mass left,
     1 - sum_{j<l} P(G=j); and the realised cost: task cost + lambda x Mul-Adds of the exits taken.
@@ -334,6 +335,17 @@ class JEIDNNTrainer(Trainer):
             if not pushed.exists() or not filecmp.cmp(stored, pushed, shallow=False):  # it may be on its way just now
                 shutil.copy(stored, pushed)
         super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, model_name: str | None = None, **options: Any) -> None:
+        """Writes our card, with these training settings, into ``output_dir``; `push_to_hub` hands it its arguments.
+
+        ``options``: as of `model_card.write_card`: ``reports`` above all; ``point`` is the model's unless given.
+        """
+        if self.is_world_process_zero():
+            training = training_settings(self.args.to_dict())
+            known = {"config": self.model.config, "name": model_name, "repo_id": self.hub_model_id}
+            known |= {"point": self.model.operating_point, "training": training}
+            write_card(self.args.output_dir, **{**known, **options})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
