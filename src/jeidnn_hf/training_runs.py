@@ -13,7 +13,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from torch import Tensor
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from .data import Preprocessing
 from .feature_cache import CachedFeatures, cached_role
@@ -75,6 +75,8 @@ def train_runs(config: Mapping[str, Any], only: Sequence[str] | None = None, qui
         features = cached_role(model.backbone, sources, splits, "train", preprocessing, cache, views=views)
         validation = cached_role(model.backbone, sources, splits, "validation", preprocessing, cache)
         trainer = JEIDNNTrainer(model, trainings[name], features, validation)
+        if quiet:
+            _silence(trainer)
         trainer.train(resume_from_checkpoint=True)
         metrics = trainer.evaluate()
         trainer.save_state()
@@ -120,7 +122,7 @@ def dry_run(config: Mapping[str, Any], only: Sequence[str] | None = None, quiet:
                 features = model.backbone(torch.randn(2, channels, size, size))
             data = CachedFeatures([_SyntheticFeatures(torch.cat(features, dim=1), labels, model.backbone.exit_dims)])
             trainer = JEIDNNTrainer(model, JEIDNNTrainingArguments(**training), data, data)
-            trainer.remove_callback(PrinterCallback)
+            _silence(trainer)
             loss = trainer.train().training_loss
             row = {
                 "run": name, "backbone": model.config.backbone, "image_size": size, "num_labels": labels,
@@ -171,6 +173,12 @@ def _plan(
         options = {"output_dir": str(output_dir / name / "checkpoints"), **_training_of(config, name)}
         trainings[name] = JEIDNNTrainingArguments(**options)
     return list(only or runs), models, trainings
+
+
+def _silence(trainer: JEIDNNTrainer) -> None:
+    """Takes away what prints its logs on standard output."""
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
 
 
 def _training_of(config: Mapping[str, Any], run: str) -> dict[str, Any]:

@@ -24,9 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from ..modeling_jeidnn import JEIDNNForImageClassification
 
+    disable_progress_bar()
     if options.batch_size < 1:
         raise ValueError(f"Expected --batch-size of at least 1, but got {options.batch_size}.")
     paths = find_pictures(options.images)
