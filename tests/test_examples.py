@@ -62,7 +62,7 @@ def test_fine_tuning_features_and_evaluation_see_the_same_images(tmp_path, monke
     sizes = {}
     for step, expected in (("train", [50, 50, 60, 60]), ("evaluate", [40, 40, 50, 50, 60, 60])):
         if step == "evaluate":
-            run(monkeypatch, "evaluate.py", tmp_path / "exits", "--speed_images", 16)
+            run(monkeypatch, "evaluate.py", tmp_path / "exits", "--speed-images", 16)
         caches = [FeatureCache(path) for path in (tmp_path / "exits" / "cache").glob("*.safetensors")]
         assert sorted(len(cache) for cache in caches) == expected
         for preprocessing in changed:

@@ -19,8 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
     from ..hub import push_folder
 
+    disable_progress_bar()
     commit = push_folder(
         options.folder,
         options.repo_id,
