@@ -66,6 +66,16 @@ class CalibratedMixin:
             logits = logits / logits.new_tensor(self._operating_point.temperatures)[output.exit_index, None]
         return logits.softmax(-1)
 
+    def has_sets(self, alpha: float = 0.05, method: str = "grouped") -> bool:
+        """Whether `predict_sets` can answer: calibrated at this alpha, by this method, and at the lambda in use."""
+        point = self._operating_point
+        return point is not None and self._is_fitted_at_lam(point) and alpha in point.thresholds.get(method, ())
+
+    def _is_fitted_at_lam(self, point: OperatingPoint) -> bool:
+        if point.lam is None:
+            return not self.config.has_lam_range
+        return math.isclose(point.lam, self.config.current_lam, rel_tol=1e-6)
+
     @torch.inference_mode()
     def predict_sets(self, pixel_values: Tensor, alpha: float = 0.05, method: str = "grouped") -> JEIDNNPrediction:
         """Prediction sets that miss the true class of a share alpha of images like those of the calibration.
@@ -84,13 +94,10 @@ class CalibratedMixin:
         point = self._operating_point
         if point is None:
             raise ValueError("Expected an operating point, but got None; set model.operating_point to a fitted one.")
-        lam, fitted = self.config.current_lam, point.lam
-        if fitted is None and not self.config.has_lam_range:
-            fitted = lam
-        if fitted is None or not math.isclose(fitted, lam, rel_tol=1e-6):
+        if not self._is_fitted_at_lam(point):
             raise ValueError(
-                f"Expected the lambda of the operating point, {fitted}, but got {lam:g}; set_lambda to the former, or "
-                "fit an operating point at the latter."
+                f"Expected the lambda of the operating point, {point.lam}, but got {self.config.current_lam:g}; "
+                "set_lambda to the former, or fit an operating point at the latter."
             )
         thresholds = point.thresholds_at(alpha, method)  # before the work
         output = self(pixel_values, return_dict=True)

@@ -70,6 +70,20 @@ class MismatchedShapes(ValueError, RuntimeError):
     """A ValueError, as all of ours, that is also the RuntimeError of transformers, for code that expects that."""
 
 
+def fresh_config(
+    backbone: str, num_labels: int | None = None, weights: str | None = None, **config: Any
+) -> JEIDNNConfig:
+    """The config of a model to be trained; arguments as of `from_backbone_pretrained`, but weights=None for random."""
+    known = {field.name for field in dataclasses.fields(JEIDNNConfig)}
+    if unknown := sorted(config.keys() - known):
+        raise ValueError(f"Expected fields of JEIDNNConfig, but got {unknown}; known: {sorted(known)}.")
+    if num_labels is None and "id2label" not in config:
+        num_labels = pretrained_cfg(backbone)["num_classes"]
+    if num_labels is not None:
+        config["num_labels"] = num_labels
+    return JEIDNNConfig(backbone=backbone, backbone_weights=weights, **config)
+
+
 class JEIDNNForImageClassification(CalibratedMixin, PreTrainedModel):
     """A frozen timm backbone with an inference module and a gate at every exit.
 
@@ -145,15 +159,8 @@ class JEIDNNForImageClassification(CalibratedMixin, PreTrainedModel):
         Raises:
             ValueError: weights that cannot be had or that are of another network; options out of range.
         """
-        known = {field.name for field in dataclasses.fields(JEIDNNConfig)}
-        if unknown := sorted(config.keys() - known):
-            raise ValueError(f"Expected fields of JEIDNNConfig, but got {unknown}; known: {sorted(known)}.")
-        if num_labels is None and "id2label" not in config:
-            num_labels = pretrained_cfg(backbone)["num_classes"]
-        if num_labels is not None:
-            config["num_labels"] = num_labels
         weights = HUB_WEIGHTS if weights is None else str(weights)
-        model = cls(JEIDNNConfig(backbone=backbone, backbone_weights=weights, **config))
+        model = cls(fresh_config(backbone, num_labels, weights, **config))
         model._restore_backbone()
         return model.eval()
 

@@ -1,7 +1,8 @@
-"""YAML files that describe a training: read, and checked before anything is computed or written."""
+"""YAML or JSON files that describe a training: read, and checked before anything is computed or written."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,10 @@ from .training_args import JEIDNNTrainingArguments
 
 @dataclass
 class DataSection:
-    """Which images: arguments of ``sources.load_source`` and ``splits.make_splits``, views and place of the cache."""
+    """Which images: arguments of ``sources.load_source`` and ``splits.make_splits``, views and place of the cache.
+
+    ``views``: how many augmented views of the training images are cached; 0 for the images as they are.
+    """
 
     dataset: str
     data_files: dict | None = None
@@ -43,7 +47,7 @@ class RunSection:
 
 @dataclass
 class TrainConfig:
-    """The file of ``examples/train.py``; ``model``: arguments of ``from_backbone_pretrained``."""
+    """The file of ``jeidnn train``; ``model``: arguments of ``from_backbone_pretrained``."""
 
     output_dir: str
     data: DataSection
@@ -52,23 +56,49 @@ class TrainConfig:
     training: JEIDNNTrainingArguments = field(default_factory=dict)
 
 
-def read_run_config(path: str | Path, layout: type, output_dir: str | Path | None = None) -> dict[str, Any]:
-    """The mapping in a YAML file, after checking it against ``layout``, a dataclass of dataclasses.
+def read_run_config(
+    path: str | Path,
+    layout: type,
+    output_dir: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file, after checking it against ``layout``, a dataclass of dataclasses.
 
-    ``output_dir``: instead of the file's.
+    Args:
+        path: a ``.json`` file is read as JSON, any other as YAML.
+        output_dir: instead of the file's.
+        overrides: by dotted keys, values instead of the file's, such as ``{"training.learning_rate": 0.005}``.
 
     Raises:
-        ValueError: not YAML, a key that is unknown or missing, a value of another type.
+        ValueError: not YAML or JSON, a key that is unknown or missing, a value of another type.
         OSError: no such file.
     """
+    kind, read = ("JSON", json.loads) if Path(path).suffix == ".json" else ("YAML", yaml.safe_load)
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"Expected a YAML file at {str(path)!r}, but got: {' '.join(str(error).split())}.") from error
-    if output_dir is not None and isinstance(config, Mapping):
-        config = {**config, "output_dir": str(output_dir)}
+        config = read(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"Expected a {kind} file at {str(path)!r}, but got: {reason}.") from error
+    if isinstance(config, Mapping):
+        for key, value in (overrides or {}).items():
+            config = _with_value(config, key, value)
+        if output_dir is not None:
+            config = {**config, "output_dir": str(output_dir)}
     check_arguments(str(path), config, layout)
     return config
+
+
+def _with_value(config: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A copy with another value under a dotted key; names that are there may have dots themselves."""
+    own = [name for name in config if key == name or key.startswith(f"{name}.")]
+    name = max(own, key=len) if own else key.partition(".")[0]
+    rest = key[len(name) + 1 :]
+    if rest:
+        section = config.get(name)
+        if section is not None and not isinstance(section, Mapping):
+            raise ValueError(f"Expected a section {name} to set {rest} in, but got {section!r}.")
+        value = _with_value(section or {}, rest, value)
+    return {**config, name: value}
 
 
 def load_data(data: Mapping[str, Any]) -> tuple[dict[str, Source], Splits]:

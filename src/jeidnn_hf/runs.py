@@ -251,7 +251,7 @@ def measure_speed(
     }
 
 
-def draw_run(folder: str | Path, output_dir: str | Path) -> list[Path]:
+def draw_run(folder: str | Path, output_dir: str | Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
     """Figures, tables and their page ``figures.md`` of an evaluated run folder; returns the files."""
     from .figures import draw_figures
 
@@ -259,7 +259,7 @@ def draw_run(folder: str | Path, output_dir: str | Path) -> list[Path]:
     curves = load_curves(folder)
     summary = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     return draw_figures(
-        curves, output_dir, backbone_accuracy=summary["backbone_accuracy"], logs=load_logs(folder),
+        curves, output_dir, formats, backbone_accuracy=summary["backbone_accuracy"], logs=load_logs(folder),
         costs=load_costs(folder), groups=RunFolder(folder).class_groups(),
     )  # fmt: skip
 

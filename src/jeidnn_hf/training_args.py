@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from .objectives import GATE_TARGETS
 
@@ -106,3 +107,6 @@ class JEIDNNTrainingArguments(TrainingArguments):
             )
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else torchrun's processes stay strangers
         super().__post_init__()
+        installed = get_available_reporting_integrations()
+        if absent := [name for name in self.report_to if name not in installed]:
+            raise ValueError(f"Expected report_to among {installed}, which are installed, but got {absent}.")
