@@ -71,8 +71,8 @@ def test_what_a_picture_may_be():
         JEIDNNImageProcessor(**{**RGB, "crop_pct": 1.5})
 
 
-def model(**options) -> JEIDNNForImageClassification:
-    return JEIDNNForImageClassification(JEIDNNConfig(backbone="test_vit", num_labels=5, recipe="paper", **options))
+def model(backbone: str = "test_vit", **options) -> JEIDNNForImageClassification:
+    return JEIDNNForImageClassification(JEIDNNConfig(backbone=backbone, num_labels=5, recipe="paper", **options))
 
 
 def test_a_model_knows_its_pictures(tmp_path):
@@ -102,7 +102,7 @@ def test_a_model_knows_its_pictures(tmp_path):
         ({**RGB, "crop": 1.0}, "^Expected the fields of Preprocessing, but got"),
         ({**GREY, "size": 160}, "1 or 3 channels"),
         ({"crop_pct": 0.0}, "crop_pct in"),
-        ([1], "^Expected preprocessing as a dict"),
+        ([1], "^Expected preprocessing to be dict"),
     ],
 )
 def test_what_is_no_preprocessing_is_refused(said, message):

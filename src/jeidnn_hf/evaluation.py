@@ -74,7 +74,8 @@ class EvaluationReport:
         reliability: bins of the diagram of the exits taken, see ``metrics.reliability_bins``.
         sets: conformal sets; empty without calibration data.
         subsets, intervals: of accuracy, normalised_mul_adds, ece, nll and brier, their values on 10 disjoint, shuffled
-            subsets of the split, and the 95 % bootstrap interval of the mean over them.
+            subsets of the split, and the 95 % bootstrap interval of the mean over them (Section 5). Percentiles over
+            10 values cover about 90 %. The ECE of a tenth of the samples is larger than that of all of them.
         images_per_second: measured ones, by the name of what was timed, where the caller gives them.
     """
 
