@@ -20,9 +20,9 @@ from .configuration_jeidnn import JEIDNNConfig
 from .costs import ExitCosts
 from .evaluation import EvaluationReport
 from .files import written_whole
+from .modeling_jeidnn import resolve_preprocessing
 from .operating_point import ALPHAS, OperatingPoint
 from .plots import plot_frontier
-from .preprocessing import Preprocessing
 from .sources import DATASETS
 from .training_args import TRAINING_RECIPES, JEIDNNTrainingArguments
 
@@ -143,7 +143,7 @@ def build_card(
         num_classes=config.num_labels,
         dataset=dataset,
         source=json.dumps(str(repo_id or folder or name)),
-        preprocessing=Preprocessing.from_dict(config.preprocessing) if config.preprocessing else None,
+        preprocessing=resolve_preprocessing(config),
         report=own,
         is_at_own_lam=own is not None and _is_own(config, own.lam),
         images=_images(reports) if reports else None,

@@ -105,7 +105,7 @@ class JEIDNNForImageClassification(CalibratedMixin, PreTrainedModel):
         self._weights_file: str | None = None
         if config.image_size is None:
             config.image_size = pretrained_cfg(config.backbone)["input_size"][-1]
-        config.preprocessing = _resolve_preprocessing(config)
+        config.preprocessing = resolve_preprocessing(config)
         with torch.device("cpu"):
             self.backbone = staged_backbone(
                 self._build_backbone(weights=None),
@@ -530,7 +530,7 @@ def portable(model: JEIDNNForImageClassification) -> Iterator[None]:
         model.config.backbone_weights = weights
 
 
-def _resolve_preprocessing(config: JEIDNNConfig) -> dict[str, Any] | None:
+def resolve_preprocessing(config: JEIDNNConfig) -> dict[str, Any] | None:
     """Every field; None where nothing was said and timm's description of the backbone is of other pictures."""
     try:
         return Preprocessing.of_config(config).to_dict()
