@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from jeidnn_hf import JEIDNNConfig, JEIDNNForImageClassification
 from jeidnn_hf.hub import RepoName, build_repo_name, parse_repo_name, push_folder
-from jeidnn_hf.modeling_jeidnn import portable
+from jeidnn_hf.stored import portable
 
 sys.path.insert(0, str(Path(__file__).parent))
 from hub_client import ANY, CIFAR, RUNS, TRAINED, VIT, shake  # noqa: E402

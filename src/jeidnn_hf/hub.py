@@ -16,9 +16,10 @@ from .configuration_jeidnn import JEIDNNConfig, check_lam
 from .costs import ExitCosts
 from .export_code import export_code
 from .model_card import CARD_NAME, FIGURE_NAME, LIBRARY_NAME, TASK, load_card
-from .modeling_jeidnn import JEIDNNForImageClassification, portable
+from .modeling_jeidnn import JEIDNNForImageClassification
 from .operating_point import FILE_NAME as CALIBRATION_NAME
 from .operating_point import OperatingPoint
+from .stored import portable
 
 SHORT_NAMES = {"t2t_vit_7": "t2t7", "t2t_vit_14": "t2t14"}
 """Backbones whose name is shortened in a repository's; the others keep theirs, which has no hyphen."""

@@ -18,9 +18,10 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 from .data import Preprocessing
 from .feature_cache import CachedFeatures, cached_role
 from .files import write_text
-from .modeling_jeidnn import JEIDNNForImageClassification, fresh_config
+from .modeling_jeidnn import JEIDNNForImageClassification
 from .run_config import load_data
 from .sources import DATASETS
+from .stored import fresh_config
 from .trainer import JEIDNNTrainer
 from .training_args import JEIDNNTrainingArguments
 
