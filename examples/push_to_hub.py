@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="output_dir of train.py")
     parser.add_argument("--org", required=True, help="organization or user")
     parser.add_argument("--one-repo", action="store_true", help="one repository with a folder per lambda")
-    parser.add_argument("--run", nargs="+", help="only these runs")
+    parser.add_argument("--only", metavar="RUN", nargs="+", help="only these runs")
     parser.add_argument("--dataset", help="its short name; default: that of the folder's config.yaml")
     parser.add_argument("--revision", help="branch to push to")
     parser.add_argument("--private", action="store_true", help="make new repositories private")
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def push_runs(options: argparse.Namespace) -> None:
-    names = options.run or sorted(path.parent.name for path in options.folder.glob("*/model.safetensors"))
+    names = options.only or sorted(path.parent.name for path in options.folder.glob("*/model.safetensors"))
     if not names:
         raise ValueError(f"Expected saved models in {options.folder}, but found none; run train.py first.")
     dataset = options.dataset
@@ -48,10 +48,10 @@ def push_runs(options: argparse.Namespace) -> None:
     configs = {name: JEIDNNConfig.from_pretrained(options.folder / name) for name in names}
     repos = {name: build_repo_name(config.backbone, dataset, config.lam) for name, config in configs.items()}
     if len(set(repos.values())) < len(repos):
-        raise ValueError(f"Expected one run per lambda, but got {repos}; choose by --run.")
+        raise ValueError(f"Expected one run per lambda, but got {repos}; choose by --only.")
     roots = {repo.removesuffix(f"-{lam_name(configs[name].lam)}") for name, repo in repos.items()}
     if len(roots) > 1:
-        raise ValueError(f"Expected runs of one backbone, but got {sorted(roots)}; choose by --run.")
+        raise ValueError(f"Expected runs of one backbone, but got {sorted(roots)}; choose by --only.")
     root = f"{options.org}/{roots.pop()}"
 
     places = []

@@ -622,7 +622,7 @@ def test_the_examples_command_lines(cifar, backbone, tmp_path, capfd):
         failed(capfd, f"{script}.py", status, str(tmp_path))
     status = example("train")(["--config", str(config)])
     failed(capfd, "train.py", status, "output_dir")
-    status = example("train")(["--config", str(config), "--output_dir", str(tmp_path / "out"), "--run", "two"])
+    status = example("train")(["--config", str(config), "--output_dir", str(tmp_path / "out"), "--only", "two"])
     failed(capfd, "train.py", status, "'two'", "'one'")
     status = example("train")(["--config", str(config), "--output_dir", str(config)])
     failed(capfd, "train.py", status, str(config))

@@ -66,7 +66,7 @@ def test_a_row_of_the_paper(name, tmp_path, monkeypatch, capsys):
     assert (args.gates_on, args.gate_objective, args.bi_switch) == ("train", "surrogate", 200)
     assert 1 <= args.warmup_epochs <= epochs / 2 and config["model"]["recipe"] == "paper"
 
-    assert train("--config", path, "--dry_run", "--run", "lam1", "--json") == 0
+    assert train("--config", path, "--dry_run", "--only", "lam1", "--json") == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["run"], row["lam"], row["num_labels"], row["image_size"]) == ("lam1", 1.0, classes, size)
     assert row["exits"] == exits and row["backbone"] == config["model"]["backbone"]
@@ -135,7 +135,7 @@ def test_a_dry_run_trains_gates_and_inference_modules(tmp_path, monkeypatch):
         (["--data.dataset", "org/mine", "--data.views", "2.5"], ["views", "2.5"]),
         (["--runs.any.training.schedule", "daily"], ["'daily'"]),
         (["--output_dir.x", "1"], ["output_dir", "'out'"]),
-        (["--run", "one"], ["'one'"]),
+        (["--only", "one"], ["'one'"]),
     ],
 )
 def test_a_dry_run_finds_mistakes(tmp_path, monkeypatch, capsys, options, parts):
@@ -215,7 +215,7 @@ def small(tmp_path, monkeypatch) -> Path:
 
 def test_training_by_the_command(small, tmp_path, capsys):
     """Standard output is JSON and nothing else; a second time there is nothing to train."""
-    arguments = ["train", "--config", str(small), "--run", "paper-lam0.1", "--json", "--data.views", "0"]
+    arguments = ["train", "--config", str(small), "--only", "paper-lam0.1", "--json", "--data.views", "0"]
     assert main([*arguments, "--training.learning_rate", "0"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["run"] == "paper-lam0.1" and 0 <= row["accuracy"] <= 1 and 0 < row["mul_adds"] < 1.1
@@ -234,7 +234,7 @@ def test_what_tensorboard_shows(small, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     options = ["--training.report_to", "tensorboard", "--training.logging_steps", "1"]
-    assert train("--config", small, "--run", "paper-lam0.1", *options, "--training.eval_strategy", "epoch") == 0
+    assert train("--config", small, "--only", "paper-lam0.1", *options, "--training.eval_strategy", "epoch") == 0
     tags = set()
     for path in (tmp_path / "out").rglob("events.out.tfevents.*"):
         tags |= set(EventAccumulator(str(path)).Reload().Tags()["scalars"])

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", type=Path, required=True, help="file with data, model, training and runs")
     parser.add_argument("--output_dir", type=Path, help="instead of the file's")
-    parser.add_argument("--run", dest="runs", nargs="+", help="only these runs")
+    parser.add_argument("--only", dest="runs", metavar="RUN", nargs="+", help="only these runs")
     parser.add_argument(
         "--dry_run", action="store_true", help="two steps per run on random images and weights; nothing is kept"
     )
