@@ -146,6 +146,14 @@ class _Handler(BaseHTTPRequestHandler):
             return self.error(403, None, "Forbidden for this token")
         return repo
 
+    def at(self, name: str, revision: str) -> tuple[Repo | None, str | None]:
+        """The repository and the commit of a revision; else the error is sent and the commit is None."""
+        repo = self.repo(name)
+        sha = repo and repo.sha(revision)
+        if repo is not None and sha is None:
+            self.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return repo, sha
+
     def may_write(self) -> bool:
         if self.token == LocalHub.WRITE:
             return True
@@ -219,21 +227,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.json({})
 
     def info(self, name: str, revision: str = "main"):
-        repo = self.repo(name)
-        if repo is None:
-            return
-        sha = repo.sha(revision)
+        repo, sha = self.at(name, revision)
         if sha is None:
-            return self.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return
         siblings = [{"rfilename": path} for path in sorted(repo.commits[sha])]
         self.json({"id": name, "sha": sha, "private": repo.private, "tags": [], "siblings": siblings})
 
     def tree(self, name: str, revision: str, path: str = ""):
-        repo = self.repo(name)
-        if repo is None:
+        repo, sha = self.at(name, revision)
+        if sha is None:
             return
-        if repo.sha(revision) is None:
-            return self.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         self.json(
             [
                 {"type": "file", "path": file, "size": len(content), "oid": git_oid(content)}
@@ -243,12 +246,9 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def resolve(self, name: str, revision: str, path: str):
-        repo = self.repo(name)
-        if repo is None:
-            return
-        sha = repo.sha(revision)
+        repo, sha = self.at(name, revision)
         if sha is None:
-            return self.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return
         content = repo.commits[sha].get(path)
         if content is None:
             return self.error(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": sha})

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from jeidnn_hf.backbones import select
+
 
 @torch.no_grad()
 def spread_out(model: nn.Module, images: Tensor | None = None) -> nn.Module:
@@ -28,3 +30,27 @@ def spread_out(model: nn.Module, images: Tensor | None = None) -> nn.Module:
     for norm in norms:
         norm.eval()
     return model
+
+
+def images_of(size: int, batch: int = 4) -> Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def assert_close(found: Tensor, expected: Tensor, share: float) -> None:
+    """To a share of the largest expected value."""
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= share * expected.abs().max()
+
+
+@torch.no_grad()
+def assert_surviving_rows_go_on(backbone, x: Tensor, close) -> None:
+    """Four, then two of six images stay; ``close(found, expected)`` compares the features of those still there."""
+    full, middle = backbone(x), backbone.num_exits // 2
+    state, rows = backbone.stem(x), torch.arange(6)
+    for l in range(backbone.num_exits):
+        state = backbone.stage(l, state)
+        close(backbone.exit_feature(l, state), full[l][rows])
+        if l in (0, middle):
+            stay = torch.tensor([4, 1, 0, 5] if l == 0 else [2, 0])
+            state, rows = select((state, rows), stay)
+    assert rows.tolist() == [0, 4]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_arguments
-from .files import write_text
+from .files import read_json, write_text
 from .gates import ExitPolicy
 from .metrics import (
     auroc,
@@ -24,7 +24,7 @@ from .metrics import (
     reliability_bins,
 )
 from .objectives import gate_targets, task_cost, total_cost
-from .operating_point import OperatingPoint
+from .operating_point import OperatingPoint, with_inf_as_text
 from .record import ExitRecord, check_disjoint
 
 SCHEMA_VERSION = 2
@@ -147,11 +147,7 @@ class EvaluationReport:
     @classmethod
     def load(cls, path: str | Path) -> EvaluationReport:
         """Reads what ``save`` wrote; a ValueError where it cannot."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"Expected a report at {str(path)!r}, but it cannot be read: {error}") from error
-        return cls.from_dict(values, str(path))
+        return cls.from_dict(read_json(path, "a report"), str(path))
 
 
 @torch.inference_mode()
@@ -227,7 +223,7 @@ def evaluate(
                 SetReport(
                     method, alpha, point.score.name, float(covered.mean()), float(size.mean()),
                     _means(covered, at_exit), _means(size, at_exit), _means(covered, of_class),
-                    ["inf" if t == float("inf") else t for t in thresholds], intervals,
+                    with_inf_as_text(thresholds), intervals,
                 )
             )  # fmt: skip
     return EvaluationReport(

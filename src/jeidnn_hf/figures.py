@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from . import plots, tables
 from .costs import ExitCosts
 from .evaluation import EvaluationReport
+from .files import write_text
 from .panels import save_figure
 from .reports import Curves, at_budget, check_comparable
 
@@ -91,7 +92,7 @@ def draw_figures(
     if groups:
         reports = at_budget(curves, _middle(budgets))
         page += ["## Groups of classes", "", tables.class_groups_table(reports, groups, alpha, sets)]
-    (folder / PAGE).write_text("\n".join(page), encoding="utf-8")
+    write_text(folder / PAGE, "\n".join(page))
     return [*written, folder / PAGE]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -61,3 +63,11 @@ def write_text(path: str | Path, text: str) -> None:
     """One text file, whole or not at all."""
     with written_whole(Path(path).parent) as temporary:
         (temporary / Path(path).name).write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | Path, what: str) -> Any:
+    """The value in a JSON file; a ValueError that calls it ``what`` where it cannot be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Expected {what} at {str(path)!r}, but it cannot be read: {error}") from error

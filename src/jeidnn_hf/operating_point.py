@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calibration import fit_temperatures
 from .conformal import (
     METHODS,
     ConformalScore,
@@ -27,7 +26,7 @@ from .conformal import (
     thresholds_of_scores,
     true_scores,
 )
-from .files import write_text
+from .files import read_json, write_text
 from .gates import ExitPolicy
 from .record import ExitRecord, check_disjoint
 from .splits import SplitInfo
@@ -104,10 +103,9 @@ class OperatingPoint:
             check_alpha(alpha)
         for method in methods:
             check_method(method)
-        temperatures = fit_temperatures(validation.logits, validation.labels)
         groups = exit_groups(policy.decide(validation.logits, lam), validation.num_exits, min_group)
         score = score or ConformalScore()
-        point = cls(lam, temperatures.tolist(), groups, validation.split, validation.backbone, score)
+        point = cls(lam, validation.temperatures.tolist(), groups, validation.split, validation.backbone, score)
         if calibration is None:
             return point
         check_disjoint(calibration, validation)
@@ -144,7 +142,7 @@ class OperatingPoint:
 
     def to_dict(self) -> dict[str, Any]:
         thresholds = {
-            method: {repr(alpha): ["inf" if math.isinf(t) else t for t in ts] for alpha, ts in by_alpha.items()}
+            method: {repr(alpha): with_inf_as_text(ts) for alpha, ts in by_alpha.items()}
             for method, by_alpha in self.thresholds.items()
         }
         return {
@@ -191,9 +189,9 @@ class OperatingPoint:
     @classmethod
     def load(cls, folder: str | Path) -> OperatingPoint:
         """Reads what ``save`` wrote; a ValueError where it cannot."""
-        path = Path(folder, FILE_NAME)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"Expected an operating point at {str(path)!r}, but it cannot be read: {error}") from error
-        return cls.from_dict(values)
+        return cls.from_dict(read_json(Path(folder, FILE_NAME), "an operating point"))
+
+
+def with_inf_as_text(thresholds: Sequence[float]) -> list[float | str]:
+    """For JSON, which has no infinity: "inf" in its place."""
+    return ["inf" if math.isinf(t) else t for t in thresholds]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .calibration import fit_temperatures
 from .costs import ExitCosts
 from .files import written_whole
 from .splits import SplitInfo
@@ -92,6 +94,11 @@ class ExitRecord:
         """IC^l as a share of the bare backbone's Mul-Adds, ``(L,)``."""
         return torch.tensor(self.costs.normalised, dtype=self.logits.dtype, device=self.logits.device)
 
+    @cached_property
+    def temperatures(self) -> Tensor:
+        """One per exit, ``(L,)``, by likelihood on these answers; no policy or lambda has a part in them."""
+        return fit_temperatures(self.logits, self.labels)
+
     @property
     def num_exits(self) -> int:
         return self.logits.shape[1]
@@ -127,12 +134,12 @@ class ExitRecord:
 
 def check_comparable(first: ExitRecord, second: ExitRecord) -> None:
     """A ValueError where two records are not of one network: exits, classes, backbone, data set."""
-    for what in ("dataset", "backbone", "exits and classes"):
-        one, other = (
-            record.split.dataset if what == "dataset" else
-            record.backbone if what == "backbone" else tuple(record.logits.shape[1:])
-            for record in (first, second)
-        )  # fmt: skip
+    compared = {
+        "dataset": (first.split.dataset, second.split.dataset),
+        "backbone": (first.backbone, second.backbone),
+        "exits and classes": (tuple(first.logits.shape[1:]), tuple(second.logits.shape[1:])),
+    }
+    for what, (one, other) in compared.items():
         if one != other:
             raise ValueError(
                 f"Expected {first.split.role} and {second.split.role} records of the same {what}, "

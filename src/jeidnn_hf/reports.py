@@ -9,6 +9,7 @@ from typing import Any
 
 from .costs import ExitCosts
 from .evaluation import EvaluationReport
+from .files import read_json, write_text
 
 FOLDER = "reports"
 Curves = Mapping[str, Mapping[int, Sequence[EvaluationReport]]]
@@ -19,10 +20,8 @@ def save_curve(path: str | Path, method: str, seed: int, reports: Sequence[Evalu
     """Writes one curve as JSON, making its folder; a ValueError without reports."""
     if not reports:
         raise ValueError(f"Expected reports of {method!r}, but got none; evaluate at one lambda at least.")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     curve = {"method": method, "seed": seed, "reports": [report.to_dict() for report in reports]}
-    path.write_text(json.dumps(curve, indent=1, allow_nan=False), encoding="utf-8")
+    write_text(path, json.dumps(curve, indent=1, allow_nan=False))
 
 
 def load_curves(run_dir: str | Path) -> dict[str, dict[int, list[EvaluationReport]]]:
@@ -37,7 +36,7 @@ def load_curves(run_dir: str | Path) -> dict[str, dict[int, list[EvaluationRepor
         raise ValueError(f"Expected reports in {where!r}, but found none; run `jeidnn evaluate` on this folder first.")
     curves: dict[str, dict[int, list[EvaluationReport]]] = {}
     for path in paths:
-        curve = _read(path)
+        curve = read_json(path, "JSON")
         try:
             method, seed, reports = str(curve["method"]), int(curve["seed"]), list(curve["reports"])
         except (KeyError, TypeError, ValueError) as error:
@@ -53,7 +52,7 @@ def load_logs(run_dir: str | Path) -> dict[str, list[dict[str, Any]]]:
     """The trainer's log of every model in a run's folder, by the model's name; empty where none was kept."""
     paths = sorted(Path(run_dir).glob("*/checkpoints/trainer_state.json"))
     try:
-        return {path.parent.parent.name: _read(path)["log_history"] for path in paths}
+        return {path.parent.parent.name: read_json(path, "JSON")["log_history"] for path in paths}
     except (KeyError, TypeError) as error:
         raise ValueError(f"Expected logs of a trainer in {str(run_dir)!r}, but one has no {error}.") from error
 
@@ -62,7 +61,7 @@ def load_costs(run_dir: str | Path) -> dict[str, ExitCosts]:
     """The cost tables of the saved models in a run's folder; models of the same table share it, their names joined."""
     names: dict[ExitCosts, list[str]] = {}
     for path in sorted(Path(run_dir).glob("*/config.json")):
-        if table := _read(path).get("mul_adds"):
+        if table := read_json(path, "JSON").get("mul_adds"):
             names.setdefault(ExitCosts.from_dict(table), []).append(path.parent.name)
     return {", ".join(models): table for table, models in names.items()}
 
@@ -85,10 +84,3 @@ def check_comparable(curves: Curves) -> EvaluationReport:
     if len(splits) > 1:
         raise ValueError(f"Expected reports on the same images, but got {splits}; draw them in separate figures.")
     return reports[0]
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"Expected JSON at {str(path)!r}, but it cannot be read: {error}") from error

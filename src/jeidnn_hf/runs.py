@@ -67,6 +67,11 @@ class RunFolder:
     def sources(self) -> dict[str, Source]:
         return load_source(self.config["data"]["dataset"], **source_options(self.config["data"]))
 
+    @cached_property
+    def state(self) -> PartialState:
+        """The processes that torchrun started: they share the passes over images, and the main one writes."""
+        return PartialState(cpu=not torch.accelerator.is_available())
+
     @property
     def names(self) -> list[str]:
         """The models, in order of name."""
@@ -94,14 +99,13 @@ class RunFolder:
         weights = hashlib.sha256((self.folder / name / "model.safetensors").read_bytes()).hexdigest()[:12]
         folders = {role: self.folder / name / "records" / f"{role}-{weights}" for role in roles}
         missing = [role for role, folder in folders.items() if not (folder / "record.json").exists()]
-        state = PartialState(cpu=not torch.accelerator.is_available())  # several processes share the passes over images
-        state.wait_for_everyone()
+        self.state.wait_for_everyone()
         for role in missing:
             model = model or self.model(name)
             record = ExitRecord.of(model, self.features(model, role), self.splits.info(role))
-            if state.is_main_process:
+            if self.state.is_main_process:
                 record.save(folders[role])
-        state.wait_for_everyone()
+        self.state.wait_for_everyone()
         return {role: ExitRecord.load(folder) for role, folder in folders.items()}
 
     def class_groups(self) -> dict[str, list[int]]:
@@ -153,7 +157,6 @@ def evaluate_run(
         if number < least:
             raise ValueError(f"Expected {name} of at least {least}, but got {number}.")
     run = RunFolder(Path(folder))
-    state = PartialState(cpu=not torch.accelerator.is_available())
     curves: dict[str, dict[int, list[EvaluationReport]]] = defaultdict(lambda: defaultdict(list))
     native, speeds = None, {}
     for name in tqdm(run.names, desc="models", disable=quiet):
@@ -169,7 +172,7 @@ def evaluate_run(
             half.images_per_second = {key: speeds[name][key] for key in ("early", "full")}
         curves[kind][seed] += reports
         point = OperatingPoint.fit(model.policy, records["validation"], records["calibration"], lam=config.current_lam)
-        if state.is_main_process:
+        if run.state.is_main_process:
             point.save(run.folder / name)
         if curves[f"{kind} heads, threshold"][seed]:
             continue  # heads of the smallest lambda stand for their kind
@@ -185,7 +188,7 @@ def evaluate_run(
         "accuracy_at_budget": table,
         "speed": speeds,
     }
-    if not state.is_main_process:
+    if not run.state.is_main_process:
         return summary
     for method, by_seed in curves.items():
         for seed, reports in by_seed.items():

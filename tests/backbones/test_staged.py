@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import timm
@@ -12,6 +12,7 @@ from torch import nn
 
 from jeidnn_hf.backbones import StagedBackbone, select, staged_backbone
 from jeidnn_hf.backbones.staged import register_family, tokens_to_map
+from networks import assert_surviving_rows_go_on, images_of
 
 FAMILIES = {
     "vit": ("test_vit", 48, {}),
@@ -59,8 +60,7 @@ def cut(family: str, model: nn.Module | None = None, **options) -> StagedBackbon
 
 
 def images(family: str, batch: int = 4) -> torch.Tensor:
-    size = FAMILIES[family][1]
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+    return images_of(FAMILIES[family][1], batch)
 
 
 def tiny() -> StagedBackbone:
@@ -86,16 +86,8 @@ def test_chained_stages_are_the_models_forward(family):
 @families
 @torch.no_grad()
 def test_surviving_rows_go_on_as_if_nobody_had_left(family):
-    backbone, x = cut(family), images(family, 6)
-    full, middle = backbone(x), backbone.num_exits // 2
-    state, rows = backbone.stem(x), torch.arange(6)
-    for l in range(backbone.num_exits):
-        state = backbone.stage(l, state)
-        torch.testing.assert_close(backbone.exit_feature(l, state), full[l][rows], atol=1e-5, rtol=1e-5)
-        if l in (0, middle):
-            stay = torch.tensor([4, 1, 0, 5] if l == 0 else [2, 0])
-            state, rows = select((state, rows), stay)
-    assert rows.tolist() == [0, 4]
+    close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
+    assert_surviving_rows_go_on(cut(family), images(family, 6), close)
 
 
 @families

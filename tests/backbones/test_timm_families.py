@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
 
-from jeidnn_hf.backbones import StagedBackbone, build_model, select, staged_backbone
-from networks import spread_out
+from jeidnn_hf.backbones import StagedBackbone, build_model, staged_backbone
+from networks import assert_close, assert_surviving_rows_go_on, images_of, spread_out
 
 SMALL_SWIN = {"depths": (1, 2, 2, 1), "embed_dim": 24, "num_heads": (1, 2, 3, 6)}
 CASES = {  # view, model, image size, options, blocks, channels of the first and of the last block
@@ -54,13 +54,7 @@ def cut(case: str) -> StagedBackbone:
 
 
 def images(case: str, batch: int = 4) -> Tensor:
-    size = CASES[case][2]
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
-def assert_close(found: Tensor, expected: Tensor, share: float) -> None:
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() <= share * expected.abs().max()
+    return images_of(CASES[case][2], batch)
 
 
 @cases
@@ -83,16 +77,7 @@ def test_an_exit_after_every_block(case):
 @cases
 @torch.no_grad()
 def test_surviving_rows_go_on_as_if_nobody_had_left(case):
-    backbone, x = cut(case), images(case, 6)
-    full, middle = backbone(x), backbone.num_exits // 2
-    state, rows = backbone.stem(x), torch.arange(6)
-    for l in range(backbone.num_exits):
-        state = backbone.stage(l, state)
-        assert_close(backbone.exit_feature(l, state), full[l][rows], 1e-4)
-        if l in (0, middle):
-            stay = torch.tensor([4, 1, 0, 5] if l == 0 else [2, 0])
-            state, rows = select((state, rows), stay)
-    assert rows.tolist() == [0, 4]
+    assert_surviving_rows_go_on(cut(case), images(case, 6), partial(assert_close, share=1e-4))
 
 
 @cases

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from jeidnn_hf.backbones import build_model, select, staged_backbone
 from jeidnn_hf.backbones.timm_generic import TracedBackbone, find_layout
-from networks import spread_out
+from networks import assert_close, assert_surviving_rows_go_on, images_of, spread_out
 
 SMALL_SWIN = {"depths": (1, 1, 2, 1), "embed_dim": 24, "num_heads": (1, 2, 3, 6), "window_size": 4}
 CASES = {  # model, image size, options, exits, channels at the first exit, tensors in each state
@@ -60,13 +60,7 @@ def cut(case: str) -> TracedBackbone:
 
 
 def images(case: str, batch: int = 4) -> Tensor:
-    size = CASES[case][1]
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
-def assert_close(found: Tensor, expected: Tensor, share: float) -> None:
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() <= share * expected.abs().max()
+    return images_of(CASES[case][1], batch)
 
 
 # The pieces are the network.
@@ -89,16 +83,7 @@ def test_chained_stages_are_the_models_forward(case):
 @cases
 @torch.no_grad()
 def test_surviving_rows_go_on_as_if_nobody_had_left(case):
-    backbone, x = cut(case), images(case, 6)
-    full, middle = backbone(x), max(backbone.num_exits // 2, 1)
-    state, rows = backbone.stem(x), torch.arange(6)
-    for l in range(backbone.num_exits):
-        state = backbone.stage(l, state)
-        assert_close(backbone.exit_feature(l, state), full[l][rows], 1e-4)
-        if l in (0, middle):
-            stay = torch.tensor([4, 1, 0, 5] if l == 0 else [2, 0])
-            state, rows = select((state, rows), stay)
-    assert rows.tolist() == [0, 4]
+    assert_surviving_rows_go_on(cut(case), images(case, 6), partial(assert_close, share=1e-4))
 
 
 @cases

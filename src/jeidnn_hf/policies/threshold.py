@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration import fit_temperatures
 from ..exits import exit_decision
 from ..gates import ExitPolicy, Lambda
 from ..record import ExitRecord
@@ -38,7 +37,7 @@ class ConfidenceThreshold(ExitPolicy):
         costs = torch.tensor(record.costs.normalised, dtype=torch.float64)
         if not float(costs[0]) <= budget:
             raise ValueError(f"Expected a budget of at least {float(costs[0]):.3f}, the first exit, but got {budget}.")
-        policy = cls(fit_temperatures(record.logits, record.labels), threshold=-1.0)
+        policy = cls(record.temperatures.clone(), threshold=-1.0)
         confidence = policy.confidence(record.logits)
         low, high = 0.0, 1.0
         for _ in range(40):
