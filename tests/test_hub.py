@@ -48,7 +48,11 @@ def test_a_range_of_lambdas_is_any():
 
 
 @given(
-    backbone=st.sampled_from(timm.list_models(pretrained=True) + ["t2t_vit_7", "t2t_vit_14", "resnet56_cifar"]),
+    # With the longest data set and lambda drawn here, a backbone of 45 letters makes a name of 94; the Hub takes 96.
+    backbone=st.sampled_from(
+        [name for name in timm.list_models(pretrained=True) if len(name) <= 45]
+        + ["t2t_vit_7", "t2t_vit_14", "resnet56_cifar"]
+    ),
     dataset=st.from_regex(r"[a-z0-9]+([-_.](lam[0-9]|any|[a-z0-9]{1,3})){0,2}", fullmatch=True).filter(
         lambda name: len(name) <= 15
     ),
