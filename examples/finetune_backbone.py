@@ -86,7 +86,7 @@ def accuracy_of(answers) -> float:
 @dataclass
 class ModelSection:
     backbone: str
-    weights: str
+    weights: str | None  # null: random, to train from scratch
     image_size: int | None = None
     preprocessing: dict = field(default_factory=dict)
     optimizer: Literal["adamw", "sgd"] = "adamw"
