@@ -1,5 +1,5 @@
-"""Two test processes share two cores: one thread each. Property tests draw the same examples in every run, so that main is
-green or not, never by chance; ``pytest --hypothesis-profile=default`` searches anew."""
+"""Two test processes share two cores: one thread each. Property tests draw the same examples in every run, so that main
+is green or not, never by chance; ``pytest --hypothesis-profile=default`` searches anew."""
 
 import torch
 from hypothesis import settings

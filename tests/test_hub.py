@@ -145,6 +145,14 @@ def test_a_backbone_of_timm_is_not_pushed(pushed):
     assert not [key for key in tensors(repo.tree()["model.safetensors"]) if key.startswith("backbone")]
 
 
+def test_a_plain_push_writes_our_card_and_leaves_one_that_is_there(pushed):
+    repo = pushed.hub.repos[VIT]
+    card = repo.tree()["README.md"].decode()
+    assert card.startswith("---\n") and "library_name: jeidnn-hf" in card and f'from_pretrained("{VIT}")' in card
+    pushes = [commit["README.md"] for commit in pushed.hub.repos[ANY].commits.values() if "README.md" in commit]
+    assert len(set(pushes)) == 1
+
+
 def test_a_backbone_from_a_local_file_goes_along_once(pushed):
     repo = pushed.hub.repos[ANY]
     saved = {"backbone.safetensors", "config.json", "model.safetensors", "preprocessor_config.json"}
@@ -178,7 +186,7 @@ def test_the_index_card_shows_how_to_load_what(pushed):
         [f'`"{RUNS}", subfolder="lam0.1"`', "0.1", "3"],
         [f'`"{RUNS}", subfolder="lam2"`', "2", "3"],
     ]
-    assert [row[5:] for row in rows] == [["-", "-", "-"], ["2", "0.05", "60"]]
+    assert [row[5:] for row in rows] == [["-", "-", "-", "-", "-"], ["-", "-", "2", "0.05", "60"]]
     assert f'`"{RUNS}-lam2"`' in each and "subfolder" not in each
 
 

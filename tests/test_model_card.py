@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard
 
 from jeidnn_hf import ExitRecord, JEIDNNConfig, JEIDNNForImageClassification, JEIDNNTrainer, evaluate, runs
 from jeidnn_hf.cli import main
-from jeidnn_hf.hub import push_folder
+from jeidnn_hf.hub import Place, index_card, push_folder
 from jeidnn_hf.model_card import build_card, load_card, training_settings, write_card
 from jeidnn_hf.operating_point import OperatingPoint
 from jeidnn_hf.reports import save_curve
@@ -332,7 +332,11 @@ def test_the_trainer_pushes_this_card(ranged, tmp_path):
     settings = dict(table_after(card.text, "## Training"))
     assert settings["learning_rate"] == "0.5" and settings["recipe"] == "paper" and settings["bi_switch"] == "200"
     trainer.create_model_card(model_name="mine", reports=ranged.reports, point=ranged.point)
-    assert load_card(tmp_path).data.eval_results[0].metric_value == ranged.reports[1].accuracy
+    own = ranged.reports[1]
+    assert load_card(tmp_path).data.eval_results[0].metric_value == own.accuracy
+    ranged.model.config.save_pretrained(tmp_path)
+    (row,) = [line for line in str(index_card("all", [Place(tmp_path, "org/mine")])).splitlines() if "| [" in line]
+    assert row.split(" | ")[5:7] == [f"{100 * own.accuracy:.2f}", f"{own.normalised_mul_adds:.3f}"]
     (tmp_path / "README.md").unlink()
     trainer.is_world_process_zero = lambda: False
     trainer.create_model_card()

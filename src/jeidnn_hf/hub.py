@@ -148,7 +148,7 @@ class Place(NamedTuple):
 
 
 def index_card(title: str, places: Sequence[Place]) -> ModelCard:
-    """The card over several checkpoints: how to load each, its lambda, its exits and its calibrated operating point."""
+    """The card over several checkpoints: how to load each, its lambda, exits, results and operating point."""
     rows, backbones = [], set()
     for folder, repo_id, subfolder in places:
         config = JEIDNNConfig.from_pretrained(folder)
@@ -158,9 +158,9 @@ def index_card(title: str, places: Sequence[Place]) -> ModelCard:
         lam = "{:g} to {:g}".format(*config.lam) if config.has_lam_range else f"{config.lam:g}"
         costs = ExitCosts.from_dict(config.mul_adds).normalised
         shown = [f"[{subfolder or repo_id.split('/')[-1]}]({page})", f"`{arguments}`"]
-        rows.append([*shown, lam, str(len(costs)), f"{costs[0]:.3f}", *_calibrated(folder)])
+        rows.append([*shown, lam, str(len(costs)), f"{costs[0]:.3f}", *_results(folder), *_calibrated(folder)])
     heading = ["checkpoint", "from_pretrained(...)", "lambda", "exits", "Mul-Adds of exit 1"]
-    heading += ["calibrated at lambda", "alphas", "calibration samples"]
+    heading += ["test accuracy", "at Mul-Adds", "calibrated at lambda", "alphas", "calibration samples"]
     table = "\n".join("| " + " | ".join(row) + " |" for row in [heading, ["---"] * len(heading), *rows])
     tags = ["jeidnn", "early-exit"]
     data = ModelCardData(library_name=LIBRARY_NAME, pipeline_tag=TASK, tags=tags)
@@ -169,6 +169,14 @@ def index_card(title: str, places: Sequence[Place]) -> ModelCard:
         f"Early-exit image classifiers (JEI-DNN) on a frozen {' or '.join(sorted(backbones))}; load one with "
         "`JEIDNNForImageClassification.from_pretrained`. Mul-Adds are a share of the backbone's.\n\n" + table + "\n"
     )
+
+
+def _results(folder: Path) -> list[str]:
+    """Accuracy in percent and Mul-Adds, from the head of the card beside the model, where it has results."""
+    results = (load_card(folder).data.eval_results or []) if (folder / CARD_NAME).exists() else []
+    values = {result.metric_type: result.metric_value for result in results}
+    accuracy, mul_adds = values.get("accuracy"), values.get("normalised_mul_adds")
+    return ["-" if accuracy is None else f"{100 * accuracy:.2f}", "-" if mul_adds is None else f"{mul_adds:.3f}"]
 
 
 def _calibrated(folder: Path) -> list[str]:

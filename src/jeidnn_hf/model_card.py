@@ -34,6 +34,7 @@ TAGS = ("early-exit", "conformal-prediction", "jei-dnn", "timm")
 SETS = "grouped"
 """The conformal method whose sets a card reports."""
 
+_STUB = "This model card has been automatically generated."
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
 _PLUMBING = {"remove_unused_columns", "logging_nan_inf_filter", "dataloader_pin_memory"}
 SETTINGS = (*(name for name in get_annotations(JEIDNNTrainingArguments) if name not in _PLUMBING), "seed")
@@ -161,6 +162,14 @@ def build_card(
         if training
         else None,
     )
+
+
+def replace_stub(folder: str | Path, repo_id: str, config: JEIDNNConfig, point: OperatingPoint | None) -> None:
+    """Puts our card in the place of the one that transformers makes up for a repository without a card."""
+    stub = load_card(folder)
+    if _STUB in stub.content:
+        name, tags = repo_id.split("/")[-1], stub.data.tags or ()
+        write_card(folder, point=point, config=config, name=name, repo_id=repo_id, tags=tags)
 
 
 def load_card(path: str | Path) -> ModelCard:

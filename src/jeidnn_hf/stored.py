@@ -185,9 +185,17 @@ class StoredModel(PreTrainedModel):
             self.operating_point.save(folder)
 
     def push_to_hub(self, *args, **kwargs):
-        """As in transformers. A backbone from a local file goes along, in a file that a second push leaves alone."""
+        """As in transformers, with our card where the repository has none. A backbone from a local file goes along, in
+        a file that a second push leaves alone."""
         with portable(self), one_line_errors():
             return super().push_to_hub(*args, **kwargs)
+
+    def _upload_modified_files(self, working_dir, repo_id: str, *args, **kwargs):
+        """transformers' last step of a push; it has just written the repository's card, or a stub, beside the model."""
+        from .model_card import replace_stub  # which draws on all that a model is
+
+        replace_stub(working_dir, repo_id, self.config, self.operating_point)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def _build_backbone(self, weights: str | None) -> nn.Module:
         config = self.config
