@@ -51,6 +51,8 @@ extras_require = {
         "hypothesis>=6.100,<7",  # 6.170.17
         "ruff~=0.17.6",  # one minor series, so that lint says the same everywhere
         "mapie>=1.4,<2",  # 1.6.0; what conformal sets are compared with
+        "tensorboard>=2.16,<3",  # 2.21.0
+        "trackio>=0.40,<1",  # 0.43.0
         *scikit_learn,
         *plots,
     ],

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import os
+import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -240,6 +245,23 @@ def test_what_tensorboard_shows(small, tmp_path):
         tags |= set(EventAccumulator(str(path)).Reload().Tags()["scalars"])
     per_exit = {f"eval/exit_{l:02d}/{what}" for l in (1, 2, 3) for what in ("accuracy", "share", "mass_left")}
     assert tags >= {"train/loss", "train/phase", "eval/cost", *per_exit, "eval/exit_01/gate", "eval/exit_02/gate"}
+
+
+def test_what_trackio_shows(small, tmp_path):
+    """In a process of its own, since trackio finds its folder when it is imported."""
+    pytest.importorskip("trackio", reason="trackio is not installed")
+    options = ["--config", str(small), "--only", "paper-lam0.1", "--training.report_to", "trackio"]
+    options += ["--training.logging_steps", "1", "--training.eval_strategy", "epoch", "--training.project", "exits"]
+    env = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "train.py"), *options], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = (tmp_path / "trackio").glob("exits*.db")
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        logged = [json.loads(row[0]) for row in connection.execute("SELECT metrics FROM metrics")]
+    names = set().union(*logged)
+    assert names >= {"train/loss", "train/phase", "eval/cost", "eval/exit_01/share", "eval/exit_02/gate"}
 
 
 def test_a_tracker_that_is_not_installed_is_named_before_anything_is_read(small, tmp_path, capsys, monkeypatch):
