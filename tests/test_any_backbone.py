@@ -207,8 +207,10 @@ def test_training_leaves_the_backbone_as_it_was_to_the_bit(network, tmp_path, mo
         use_cpu=True,
     )  # fmt: skip
     trainer = JEIDNNTrainer(model, args, Pixels(network, 14), Pixels(network, 7))
-    objective = trainer.objective
-    monkeypatch.setattr(trainer, "objective", lambda phase, *rest: (phases.append(phase), objective(phase, *rest))[1])
+    loss = trainer.im_training.loss
+    monkeypatch.setattr(
+        trainer.im_training, "loss", lambda *rest, phase: (phases.append(phase), loss(*rest, phase=phase))[1]
+    )
     trainer.train()
     trainer.evaluate()
     assert phases == [Phase.WARMUP] * 2 + [Phase.GATE, Phase.IM] * 2

@@ -10,8 +10,9 @@ import torch
 
 from jeidnn_hf.backbones import build_model, staged_backbone
 from jeidnn_hf.costs import ExitCosts, backbone_mul_adds, exit_costs
-from jeidnn_hf.gates import LearnedGates, LinearGates, SharedGates
+from jeidnn_hf.gates import LinearGates, SharedGates
 from jeidnn_hf.heads import ExitHeads
+from jeidnn_hf.policies import LearnedGates
 
 # Tables 1, 2 and 3 of the paper; backbone Mul-Adds measured with its convention (fvcore) on the authors' network.
 PAPER = {

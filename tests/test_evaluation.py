@@ -16,9 +16,10 @@ from torch import Tensor
 from jeidnn_hf import EvaluationReport, ExitRecord, JEIDNNConfig, JEIDNNForImageClassification, evaluate
 from jeidnn_hf.conformal import METHODS, ConformalScore
 from jeidnn_hf.costs import ExitCosts
-from jeidnn_hf.gates import ExitPolicy, LearnedGates, LinearGates, SharedGates
+from jeidnn_hf.gates import ExitPolicy, LinearGates, SharedGates
 from jeidnn_hf.metrics import bootstrap_interval, disjoint_subsets
 from jeidnn_hf.operating_point import OperatingPoint
+from jeidnn_hf.policies import LearnedGates
 from jeidnn_hf.splits import SplitInfo
 
 COSTS = ExitCosts(backbone=(100, 230, 390, 600), pooling=(1, 2, 3, 3), heads=(5, 10, 15, 20), gates=(2, 4, 6, 6))

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from jeidnn_hf.backbones.staged import select
 from jeidnn_hf.exits import EXIT_RULES, GATE_FORMS, uncertainty_statistics
-from jeidnn_hf.gates import ExitPolicy, LearnedGates, LinearGates, SharedGates
+from jeidnn_hf.gates import ExitPolicy, LinearGates, SharedGates
+from jeidnn_hf.policies import LearnedGates
 
 GOLDENS = Path(__file__).parent / "goldens"
 SEEDS = (0, 1, 3, 4, 6)

@@ -14,9 +14,10 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from jeidnn_hf.calibration import fit_temperatures
-from jeidnn_hf.gates import LearnedGates, LinearGates, SharedGates
+from jeidnn_hf.gates import LinearGates, SharedGates
 from jeidnn_hf.heads import GeometricEnsemble
 from jeidnn_hf.held_out import fit_ensemble, fit_gates
+from jeidnn_hf.policies import LearnedGates
 
 # ---- ensemble
 

@@ -187,7 +187,7 @@ def test_the_objectives_are_the_papers(data, tmp_path):
         logits, ce, gate_logits = by_hand(model, features, labels)
 
     def loss(phase):
-        return float(trainer.objective(phase, model, features, labels).detach())
+        return float(trainer.im_training.loss(model, features, labels, phase).detach())
 
     cost = ce + 0.5 * model.normalised_mul_adds
     warm = sum((4 - l) * ce[:, l - 1].mean() for l in range(1, 4))
@@ -195,7 +195,7 @@ def test_the_objectives_are_the_papers(data, tmp_path):
     weighted = (ce * exit_distribution(gate_logits.sigmoid())).sum(1).mean()
     assert loss(Phase.IM) == pytest.approx(float(weighted), rel=1e-5)
     targets = (torch.arange(3) >= cost.argmin(1, keepdim=True)).float()
-    trainer._pos_weight = [0.5, 2.0, 4.0]
+    trainer.im_training.pos_weight.copy_(torch.tensor([0.5, 2.0, 4.0]))
     bce = F.binary_cross_entropy_with_logits(gate_logits, targets, pos_weight=torch.tensor([0.5, 2.0, 4.0]))
     assert loss(Phase.GATE) == pytest.approx(3 * float(bce), rel=1e-5)
     trainer.args.full_gradient = True
@@ -212,7 +212,8 @@ def test_gradients_of_the_im_phase_with_and_without_the_path_through_the_gates(d
     for full in (False, True):
         trainer = JEIDNNTrainer(model, arguments(tmp_path, full_gradient=full), *data(model))
         model.zero_grad()
-        model(exit_features=features, labels=labels, objective=partial(trainer.objective, Phase.IM)).backward()
+        loss = partial(trainer.im_training.loss, phase=Phase.IM)
+        model(exit_features=features, labels=labels, objective=loss).backward()
         grads[full] = model.heads.modules_by_exit[0].weight.grad.clone()
         assert (model.policy.gates.weight.grad is None) is not full
     logits, ce, gate_logits = by_hand(model, features, labels)
@@ -227,14 +228,15 @@ def test_class_imbalance_weights_come_from_validation_once_an_epoch(data, tmp_pa
     seen = []
 
     class Spy(JEIDNNTrainer):
-        def _refresh_pos_weight(self):
-            before = self._pos_weight_epoch
-            super()._refresh_pos_weight()
-            if self._pos_weight_epoch != before:
+        def _weigh_classes(self):
+            before = self._weighed_epoch
+            super()._weigh_classes()
+            if self._weighed_epoch != before:
                 logits, labels = collect_logits(self.model, self.eval_dataset, members=True)
                 ce = F.cross_entropy(logits.movedim(1, 2), labels[:, None].expand(-1, 4), reduction="none")
                 targets = gate_targets(ce + 0.5 * self.model.normalised_mul_adds)
-                seen.append((self.state.global_step, self._pos_weight, class_imbalance_weights(targets).tolist()))
+                weights = self.im_training.pos_weight.tolist(), class_imbalance_weights(targets).tolist()
+                seen.append((self.state.global_step, *weights))
 
     Spy(model, arguments(tmp_path, num_train_epochs=4, bi_switch=7), *data(model)).train()
     # 10 steps an epoch; gates in steps 10-16, 24-30 and 38-39
@@ -266,7 +268,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(data, tmp_path, 
     resumed = JEIDNNTrainer(model, arguments(tmp_path / "part", **options), *data(model))
     resumed.train(resume_from_checkpoint=str(tmp_path / "part" / f"checkpoint-{stop_at}"))
     assert resumed.state.global_step == whole.state.global_step == 30
-    assert resumed._pos_weight == whole._pos_weight
+    assert_same(whole.im_training.state_dict(), resumed.im_training.state_dict())
     assert_same(expected, exit_state(model))
 
 
@@ -377,9 +379,8 @@ def test_wrong_data_and_arguments(data, images, tmp_path):
     one_class = ImageView(images, range(0, 240, 4), PREPROCESSING)
     with pytest.raises(ValueError, match=r"Expected every class in the validation data, but got none of \[1, 2, 3\]"):
         JEIDNNTrainer(model, arguments(tmp_path), train, one_class)
-    ranged = build("default")
-    with pytest.raises(ValueError, match="Expected one lambda for gates_on='train'"):
-        JEIDNNTrainer(ranged, arguments(tmp_path), *data(ranged))
+    with pytest.raises(ValueError, match="Expected gates_on='validation', but got 'train': plain trains no gates"):
+        arguments(tmp_path, im_training="plain")
     model.config.problem_type = "regression"
     with pytest.raises(ValueError, match="^Expected a model of single labels, but got problem_type='regression'"):
         JEIDNNTrainer(model, arguments(tmp_path), train, validation)

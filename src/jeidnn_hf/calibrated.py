@@ -73,7 +73,7 @@ class CalibratedMixin:
 
     def _is_fitted_at_lam(self, point: OperatingPoint) -> bool:
         if point.lam is None:
-            return not self.config.has_lam_range
+            return not self.config.has_lam_range or self.config.policy != "gates"
         return math.isclose(point.lam, self.config.current_lam, rel_tol=1e-6)
 
     @torch.inference_mode()

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from .backbones.loading import HUB_WEIGHTS, PIP_WEIGHTS_NAME, STORED_WEIGHTS
 from .checks import check_type
 from .exits import EXIT_RULES, GATE_FORMS
+from .gates import GATES
 from .heads import HEADS
 from .objectives import PROBLEM_COSTS, TASK_COSTS
 
@@ -67,9 +68,12 @@ class JEIDNNConfig(PreTrainedConfig):
         exit_head (`str`): `linear`, `mlp` or `recurrent`, the latter two `head_dim` wide.
         ensemble (`bool`): answer with the learned geometric ensemble of the exits so far.
         standardize_features (`bool`): standardise exit features by the training set's mean and deviation.
+        policy (`str`): who leaves where, one of `policies.POLICIES`; `gates`, or one fitted to a budget, see
+            `set_policy`.
+        policy_options (`dict`, *optional*): what such a policy was built with.
         gate (`str`): `linear`, one per exit on four statistics, or `shared`, one small network that takes log lambda.
         gate_form (`str`): `min` (Eq. 8), `cumulative` or `stick`, see `exits.exit_mass`.
-        exit_rule (`str`): `conditional`, `median` or `sample`, see `gates.LearnedGates`.
+        exit_rule (`str`): `conditional`, `median` or `sample`, see `policies.LearnedGates`.
         exit_threshold (`float`): in [0, 1); 0.5 in the paper.
         task_cost (`str`): `cross_entropy`, `error` or `brier`.
         lam (`float` or `[low, high]`): the price of the backbone's Mul-Adds in units of the task cost; a range makes
@@ -100,6 +104,8 @@ class JEIDNNConfig(PreTrainedConfig):
     head_dim: int = 128
     ensemble: bool | None = None
     standardize_features: bool | None = None
+    policy: str = "gates"
+    policy_options: dict | None = None
     gate: str | None = None
     gate_form: str | None = None
     exit_rule: str = "conditional"
@@ -159,7 +165,7 @@ class JEIDNNConfig(PreTrainedConfig):
                 "it combines log-probabilities of classes."
             )
         _check_one_of("exit_head", self.exit_head, HEADS)
-        _check_one_of("gate", self.gate, ("linear", "shared"))
+        _check_one_of("gate", self.gate, GATES)
         _check_one_of("gate_form", self.gate_form, GATE_FORMS)
         _check_one_of("exit_rule", self.exit_rule, EXIT_RULES)
         _check_one_of("task_cost", self.task_cost, TASK_COSTS)

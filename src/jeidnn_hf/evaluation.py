@@ -188,6 +188,7 @@ def evaluate(
         _check_point(point, record, lam)
         is_calibrated = True
     logits, labels, num_exits = record.logits, record.labels, record.num_exits
+    policy.check_exits(num_exits)
     chosen = policy.decide(logits, lam)
     rows = torch.arange(len(chosen), device=chosen.device)
     right = logits.argmax(-1) == labels[:, None]

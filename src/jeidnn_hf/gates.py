@@ -1,28 +1,18 @@
-"""Exit policies: who leaves where. Here the interface and the learned gates; other policies are one file each.
+"""The interface of exit policies, who leaves where, and the gates: networks from an exit's answer to a gate value.
 
-``policy.step(l, logits, carry, lam)`` decides for the samples that reached exit l; ``policy.decide`` is its scan.
+``policy.step(l, logits, carry, lam)`` decides for the samples that reached exit l; ``policy.decide`` is its scan. The
+policies themselves are one file each in ``policies/``.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from .exits import (
-    EXIT_RULES,
-    GATE_FORMS,
-    STATISTICS,
-    exit_decision,
-    exit_distribution,
-    exit_mass,
-    exit_probability,
-    exited_probability,
-    open_probability,
-    uncertainty_statistics,
-)
+from .exits import STATISTICS
 
 Lambda = float | Tensor | None
 
@@ -40,11 +30,41 @@ class ExitPolicy(nn.Module):
 
     A policy sees the logits of the exits so far, one exit at a time; what it remembers is its carry, a pytree of
     batch-first tensors or None. Lambda is a number, ``(B,)``, or None where the policy has none.
+
+    What it was fitted to is in its parameters and buffers, so that it is saved with a model; what it was built with
+    besides, in ``options``, which JSON can hold: ``cls.blank(num_exits, num_labels, **options)`` builds it again.
     """
 
     def __init__(self, num_exits: int):
         super().__init__()
         self.num_exits = num_exits
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {}
+
+    def check_exits(self, num_exits: int) -> None:
+        """A ValueError unless this policy is of a network with so many exits."""
+        if num_exits != self.num_exits:
+            raise ValueError(f"Expected a policy of {num_exits} exits, but got one of {self.num_exits}.")
+
+    @classmethod
+    def blank(cls, num_exits: int, num_labels: int, **options: Any) -> Self:
+        """One that was fitted to nothing, to load a fitted one into."""
+        raise NotImplementedError
+
+    @classmethod
+    def fit(cls, record, *, budget: float, **options: Any) -> Self:
+        """The best policy of its kind whose mean cost on ``record``, held-out answers, is within a budget.
+
+        Args:
+            record: an `ExitRecord`.
+            budget: mean Mul-Adds, as a share of the backbone's.
+
+        Raises:
+            ValueError: a budget that the first exit exceeds or the last cannot spend.
+        """
+        raise NotImplementedError
 
     def step(self, l: int, logits: Tensor, carry: Any = None, lam: Lambda = None) -> tuple[Tensor, Any]:
         """Logits ``(B, K)`` of exit l (0-based) to a bool ``(B,)``, who leaves here, and the next carry."""
@@ -85,6 +105,8 @@ def statistics_mul_adds(num_labels: int) -> int:
 class LinearGates(nn.Module):
     """The paper's gates: exit l has its own linear layer on the four statistics, g^l = sigmoid(w_l . m + b_l)."""
 
+    kind = "linear"
+
     def __init__(self, num_gates: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_gates, len(STATISTICS)))
@@ -115,6 +137,8 @@ class SharedGates(nn.Module):
         num_labels: K; entropies are divided by log K.
         lam_range: (low, high); log lambda is scaled to [-1, 1] over it. Equal ends: lambda is not read.
     """
+
+    kind = "shared"
 
     def __init__(
         self, num_gates: int, num_labels: int, lam_range: tuple[float, float], width: int = 32, embedding: int = 8
@@ -155,69 +179,13 @@ class SharedGates(nn.Module):
         return statistics_mul_adds(num_labels) + sum(m.weight.numel() for m in layers) + biases
 
 
-GATES = {"linear": LinearGates, "shared": SharedGates}
+GATES = ("linear", "shared")
 
 
-class LearnedGates(ExitPolicy):
-    """Leaves where the learned gates say so (Eq. 3-8).
-
-    Args:
-        gates: module from statistics ``(B, L-1, 4)`` to gate logits ``(B, L-1)``.
-        form: how gate values make P(G=l), see ``exits.exit_mass``.
-        rule: ``conditional``, the first P(E^l) > threshold; ``median``, the first P(G <= l) > threshold; ``sample``,
-            l drawn from P(G).
-        threshold: 0.5 in the paper.
-    """
-
-    def __init__(
-        self, gates: nn.Module, num_exits: int, form: str = "min", rule: str = "conditional", threshold: float = 0.5
-    ):
-        super().__init__(num_exits)
-        if form not in GATE_FORMS:
-            raise ValueError(f"Expected gate_form to be one of {GATE_FORMS}, but got {form!r}.")
-        if rule not in EXIT_RULES:
-            raise ValueError(f"Expected exit_rule to be one of {EXIT_RULES}, but got {rule!r}.")
-        self.gates, self.form, self.rule, self.threshold = gates, form, rule, threshold
-
-    def step(self, l: int, logits: Tensor, carry: Any = None, lam: Lambda = None) -> tuple[Tensor, Any]:
-        if carry is None:
-            carry = torch.ones_like(logits[:, 0]), self._draw(logits)
-        remaining, draw = carry
-        if l == self.num_exits - 1:
-            return torch.ones_like(remaining, dtype=torch.bool), carry
-        gate = self.gates(uncertainty_statistics(logits.softmax(-1)), lam, l).sigmoid()
-        mass = exit_mass(gate, remaining, self.form)
-        left = remaining - mass
-        if self.rule == "conditional":
-            return open_probability(mass, remaining) > self.threshold, (left, draw)
-        return 1 - left > (self.threshold if draw is None else draw), (left, draw)
-
-    def gate_logits(self, logits: Tensor, lam: Lambda = None) -> Tensor:
-        """``(B, L, K)`` to ``(B, L-1)``, before the sigmoid."""
-        return self.gates(uncertainty_statistics(logits[:, :-1].softmax(-1)), lam)
-
-    def gate_values(self, logits: Tensor, lam: Lambda = None) -> Tensor:
-        return self.gate_logits(logits, lam).sigmoid()
-
-    def distribution(self, logits: Tensor, lam: Lambda = None) -> Tensor:
-        return exit_distribution(self.gate_values(logits, lam), self.form)
-
-    def decide(self, logits: Tensor, lam: Lambda = None) -> Tensor:
-        return self._first_open(self.gate_values(logits, lam))
-
-    def forward(self, logits: Tensor, lam: Lambda = None) -> Decision:
-        gates = self.gate_values(logits, lam)
-        return Decision(self._first_open(gates), exit_distribution(gates, self.form), gates)
-
-    def _first_open(self, gates: Tensor) -> Tensor:
-        if self.rule == "conditional":
-            return exit_decision(exit_probability(gates, self.form), self.threshold)
-        draw = self._draw(gates)
-        threshold = self.threshold if draw is None else draw[:, None]
-        return exit_decision(exited_probability(gates, self.form), threshold)
-
-    def mul_adds(self, num_labels: int) -> int:
-        return self.gates.mul_adds(num_labels)
-
-    def _draw(self, like: Tensor) -> Tensor | None:
-        return torch.rand(len(like), dtype=like.dtype, device=like.device) if self.rule == "sample" else None
+def build_gates(kind: str, num_gates: int, num_labels: int, lam_range: tuple[float, float]) -> nn.Module:
+    """Fresh gates, one of `GATES`; arguments as of `SharedGates`."""
+    if kind == "linear":
+        return LinearGates(num_gates)
+    if kind == "shared":
+        return SharedGates(num_gates, num_labels, lam_range)
+    raise ValueError(f"Expected gates to be one of {GATES}, but got {kind!r}.")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .calibration import fit_temperatures
 from .exits import exit_distribution, exit_probability, uncertainty_statistics
-from .gates import LearnedGates
+from .gates import ExitPolicy
 from .heads import GeometricEnsemble
 from .objectives import expected_cost, leave_or_go_on_loss, task_cost, total_cost
 
@@ -52,7 +52,7 @@ def fit_ensemble(ensemble: GeometricEnsemble, members: Tensor, labels: Tensor, p
 
 
 def fit_gates(
-    policy: LearnedGates,
+    policy: ExitPolicy,
     logits: Tensor,
     labels: Tensor,
     mul_adds: Tensor,
@@ -70,6 +70,7 @@ def fit_gates(
     For a range of lambdas each step draws log lambda uniformly for every sample and divides its cost by 1 + lambda.
 
     Args:
+        policy: with ``gates``, a module, and their ``form``.
         logits: ``(N, L, K)`` on held-out images; labels ``(N,)``; mul_adds normalised, ``(L,)``.
         lam: one lambda or (low, high).
         kind: task cost, see ``objectives.task_cost``.

@@ -14,9 +14,10 @@ from .backbones import pretrained_cfg, select, staged_backbone
 from .calibrated import CalibratedMixin
 from .configuration_jeidnn import JEIDNNConfig
 from .costs import ExitCosts, exit_costs
-from .gates import GATES, LearnedGates
+from .gates import ExitPolicy, build_gates
 from .heads import ExitHeads
 from .objectives import PROBLEM_COSTS, expected_cost, task_cost, total_cost
+from .policies import POLICIES, LearnedGates, policy_class
 from .preprocessing import Preprocessing
 from .stored import StoredModel
 
@@ -88,18 +89,8 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
             ensemble=config.ensemble,
             standardize=config.standardize_features,
         )
-        gates = (num_exits - 1, config.num_labels, config.lam_range) if config.gate == "shared" else (num_exits - 1,)
-        self.policy = LearnedGates(
-            GATES[config.gate](*gates), num_exits, config.gate_form, config.exit_rule, config.exit_threshold
-        )
-        known = config.mul_adds and config.mul_adds["backbone"]
-        if known and len(known) != num_exits:
-            raise ValueError(f"Expected mul_adds of {num_exits} exits, but got {len(known)}.")
-        with torch.device("cpu"):
-            costs = exit_costs(self.backbone, self.heads, self.policy, config.num_labels, known)
-        config.mul_adds = costs.to_dict()
-        for name, value in self._cost_buffers().items():
-            self.register_buffer(name, value, persistent=False)
+        self.policy = build_policy(config, num_exits)
+        self._count_costs()
         for module in self.backbone.modules():
             module._is_hf_initialized = True  # timm initialised it; transformers must not
         self._choose_what_is_stored()
@@ -113,6 +104,32 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
     def set_lambda(self, lam: float) -> None:
         """The lambda in use from now on; within the trained range, else a ValueError. It is saved with the model."""
         self.config.current_lam = self.config.check_lam_in_range(lam)
+
+    def set_policy(self, policy: ExitPolicy) -> None:
+        """Puts a fitted policy in the place of the present one; it is saved with the model.
+
+        The cost table counts its Mul-Adds. An operating point, which was fitted to the choices of the policy before, is
+        dropped. `LearnedGates` bring their lambda with them.
+
+        Raises:
+            ValueError: a policy of another number of exits or of a kind that is not in `policies.POLICIES`; gates that
+                were fitted to no lambda.
+        """
+        policy.check_exits(self.backbone.num_exits)
+        names = [name for name, kind in POLICIES.items() if type(policy) is kind]
+        if not names:
+            raise ValueError(f"Expected a policy of {tuple(POLICIES)}, but got {type(policy).__name__}.")
+        config = self.config
+        if isinstance(policy, LearnedGates):
+            low, high = policy.lam_range
+            config.lam, config.current_lam = [low, high] if low < high else low, policy.lam
+            config.gate, config.gate_form = policy.gates.kind, policy.form
+            config.exit_rule, config.exit_threshold = policy.rule, policy.threshold
+        config.policy, config.policy_options = names[0], policy.options or None
+        config.check()
+        self.policy = policy.to(self.device)
+        self.operating_point = None
+        self._count_costs()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of the exits; the frozen backbone, with its hundreds of tensors, never has any."""
@@ -220,6 +237,18 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
             lam = lam[stay] if isinstance(lam, Tensor) else lam
         return JEIDNNOutput(logits=logits, exit_index=exit_index, mul_adds=self.exit_mul_adds[exit_index])
 
+    def _count_costs(self) -> None:
+        """Fills in the cost table, in the config and in the buffers."""
+        known, exits = self.config.mul_adds and self.config.mul_adds["backbone"], self.backbone.num_exits
+        if known and len(known) != exits:
+            raise ValueError(f"Expected mul_adds of {exits} exits, but got {len(known)}.")
+        device = self.exit_mul_adds.device if hasattr(self, "exit_mul_adds") else torch.device("cpu")
+        with torch.device("cpu"):
+            costs = exit_costs(self.backbone, self.heads, self.policy, self.config.num_labels, known)
+        self.config.mul_adds = costs.to_dict()
+        for name, value in self._cost_buffers().items():
+            self.register_buffer(name, value.to(device), persistent=False)
+
     def _cost_buffers(self) -> dict[str, Tensor]:
         with torch.device("cpu"):
             total = torch.tensor(self.costs.total)
@@ -273,6 +302,18 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
         expected = [(shapes[0][0] if shapes else "batch", d) for d in self.backbone.exit_dims]
         if shapes != expected:
             raise ValueError(f"Expected exit_features of shapes {expected}, but got {shapes}.")
+
+
+def build_policy(config: JEIDNNConfig, num_exits: int) -> ExitPolicy:
+    """The policy that a config names, not fitted yet."""
+    if config.policy == "gates":
+        gates = build_gates(config.gate, num_exits - 1, config.num_labels, config.lam_range)
+        return LearnedGates(gates, num_exits, config.gate_form, config.exit_rule, config.exit_threshold)
+    kind, options = policy_class(config.policy), config.policy_options or {}
+    try:
+        return kind.blank(num_exits, config.num_labels, **options)
+    except TypeError as error:
+        raise ValueError(f"Expected policy_options of {config.policy!r}, but got {options}: {error}.") from error
 
 
 def resolve_preprocessing(config: JEIDNNConfig) -> dict[str, Any] | None:

@@ -103,6 +103,7 @@ class OperatingPoint:
             check_alpha(alpha)
         for method in methods:
             check_method(method)
+        policy.check_exits(validation.num_exits)
         groups = exit_groups(policy.decide(validation.logits, lam), validation.num_exits, min_group)
         score = score or ConformalScore()
         point = cls(lam, validation.temperatures.tolist(), groups, validation.split, validation.backbone, score)

@@ -10,14 +10,13 @@ import filecmp
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from enum import IntEnum
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer
@@ -26,30 +25,16 @@ from .backbones.loading import STORED_WEIGHTS
 from .data import collate
 from .files import WriteError, clear_write_errors
 from .held_out import fit_ensemble, fit_gates
+from .im_training import IM_TRAININGS, Phase
 from .model_card import training_settings, write_card
 from .modeling_jeidnn import JEIDNNForImageClassification
-from .objectives import (
-    class_imbalance_weights,
-    expected_cost,
-    gate_loss,
-    gate_targets,
-    task_cost,
-    total_cost,
-    warmup_loss,
-)
+from .objectives import task_cost
 from .record import collect_logits
 from .training_args import JEIDNNTrainingArguments
 
 STATE_NAME = "jeidnn_state.json"
+METHOD_NAME = "im_training.safetensors"
 _PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-
-
-class Phase(IntEnum):
-    """Whose parameters a step moves."""
-
-    WARMUP = 0
-    GATE = 1
-    IM = 2
 
 
 def phase_at(step: int, warmup_steps: int, bi_switch: int) -> Phase:
@@ -104,8 +89,10 @@ class JEIDNNTrainer(Trainer):
         if len(classes) < model.config.num_labels:
             absent = sorted(set(range(model.config.num_labels)) - set(classes.tolist()))
             raise ValueError(f"Expected every class in the validation data, but got none of {absent[:5]}.")
-        if args.gates_on == "train" and model.config.has_lam_range:
-            raise ValueError(f"Expected one lambda for gates_on='train', but got the range {model.config.lam}.")
+        if model.config.policy != "gates":
+            raise ValueError(f"Expected a model with policy='gates' to train, but got {model.config.policy!r}.")
+        method = IM_TRAININGS[args.im_training]
+        method.check(model.config)
         if args.push_to_hub and model.config.backbone_is_local:
             model.config.backbone_weights = STORED_WEIGHTS
         super().__init__(
@@ -113,8 +100,8 @@ class JEIDNNTrainer(Trainer):
         )
         if args.early_stopping_patience is not None:
             self.add_callback(_PatientAfterWarmup(args.early_stopping_patience, self))
-        self._pos_weight: list[float] | None = None
-        self._pos_weight_epoch = -1
+        self.im_training = method(args, model.backbone.num_exits).to(args.device)
+        self._weighed_epoch = -1
 
     # The alternation.
 
@@ -129,6 +116,8 @@ class JEIDNNTrainer(Trainer):
         return self._phase_of(self.state.global_step - 1)
 
     def _phase_of(self, step: int) -> Phase:
+        if not self.im_training.alternates:
+            return Phase.WARMUP
         return phase_at(step, round(self.args.warmup_epochs * self._steps_per_epoch), self.args.bi_switch)
 
     @property
@@ -139,53 +128,23 @@ class JEIDNNTrainer(Trainer):
         """One forward and backward of the current phase's objective, in which only its own parameters take part."""
         phase = self.phase
         if phase is Phase.GATE and self.args.gate_objective == "surrogate":
-            self._refresh_pos_weight()
+            self._weigh_classes()
         inputs = self._prepare_inputs(inputs)
         inputs.pop("index", None)
         with self.compute_loss_context_manager():
-            loss = model(**inputs, objective=partial(self.objective, phase))
+            loss = model(**inputs, objective=partial(self.im_training.loss, phase=phase))
         loss = loss / self.current_gradient_accumulation_steps
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def objective(
-        self, phase: Phase, model: JEIDNNForImageClassification, features: Sequence[Tensor], labels: Tensor
-    ) -> Tensor:
-        """The loss of a phase. Gates see the answers detached; inference modules see the gates detached (Eq. 30)."""
-        lam, costs = model.config.current_lam, model.normalised_mul_adds
-        if phase is Phase.GATE:
-            with torch.no_grad():
-                logits = model.heads.members(features)
-                cost = total_cost(task_cost(logits, labels, model.config.task_cost), costs, lam)
-            return self._gate_objective(model, logits, cost, lam)
-        logits = model.heads.members(features)
-        task = task_cost(logits, labels)
-        if phase is Phase.WARMUP:
-            return warmup_loss(task) if self.args.warmup_weighting == "position" else task.mean(0).sum()
-        distribution = model.policy.distribution(logits if self.args.full_gradient else logits.detach(), lam)
-        if self.args.full_gradient:
-            return expected_cost(total_cost(task, costs, lam), distribution)
-        return expected_cost(task, distribution.detach())
-
-    def _gate_objective(self, model, logits: Tensor, cost: Tensor, lam: float) -> Tensor:
-        if self.args.gate_objective == "expected_cost":
-            return expected_cost(cost, model.policy.distribution(logits, lam))
-        pos_weight = None if self._pos_weight is None else logits.new_tensor(self._pos_weight)
-        return gate_loss(model.policy.gate_logits(logits, lam), gate_targets(cost, self.args.gate_targets), pos_weight)
-
-    def _refresh_pos_weight(self) -> None:
+    def _weigh_classes(self) -> None:
         """Class-imbalance weights from the validation data, once an epoch and before the first gate step."""
         epoch = self.state.global_step // self._steps_per_epoch
-        if epoch == self._pos_weight_epoch:
+        if epoch == self._weighed_epoch:
             return
-        config = self.model.config
         logits, labels = collect_logits(self.model, self.eval_dataset, members=True)
-        cost = total_cost(
-            task_cost(logits, labels, config.task_cost), self.model.normalised_mul_adds.cpu(), config.current_lam
-        )
-        targets = gate_targets(cost, self.args.gate_targets)
-        weights = class_imbalance_weights(targets, self.args.imbalance_low, self.args.imbalance_high)
-        self._pos_weight, self._pos_weight_epoch = weights.tolist(), epoch
+        self.im_training.weigh_classes(logits, labels, self.model.normalised_mul_adds.cpu(), self.model.config)
+        self._weighed_epoch = epoch
 
     # Optimiser and schedule.
 
@@ -308,7 +267,7 @@ class JEIDNNTrainer(Trainer):
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         """The best state is looked for once there are trained gates to realise a cost."""
-        if self.args.gates_on == "train" and self.last_phase is Phase.WARMUP:
+        if self.im_training.alternates and self.last_phase is Phase.WARMUP:
             return False
         return super()._determine_best_metric(metrics, trial)
 
@@ -321,7 +280,8 @@ class JEIDNNTrainer(Trainer):
                 os.makedirs(folder, exist_ok=True)
                 if self.args.should_save:
                     with open(os.path.join(folder, STATE_NAME), "w", encoding="utf-8") as file:
-                        json.dump({"pos_weight": self._pos_weight, "pos_weight_epoch": self._pos_weight_epoch}, file)
+                        json.dump({"weighed_epoch": self._weighed_epoch}, file)
+                    save_file(self.im_training.state_dict(), os.path.join(folder, METHOD_NAME))
                 super()._save_checkpoint(model, trial)
         except WriteError as error:
             shutil.rmtree(folder, ignore_errors=True)
@@ -350,8 +310,8 @@ class JEIDNNTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         with open(os.path.join(resume_from_checkpoint, STATE_NAME), encoding="utf-8") as file:
-            state = json.load(file)
-        self._pos_weight, self._pos_weight_epoch = state["pos_weight"], state["pos_weight_epoch"]
+            self._weighed_epoch = json.load(file)["weighed_epoch"]
+        self.im_training.load_state_dict(load_file(os.path.join(resume_from_checkpoint, METHOD_NAME)))
 
     def _issue_warnings_after_load(self, load_result) -> None:
         """A checkpoint without the frozen backbone is complete; one without a head or a gate is not."""
@@ -372,14 +332,14 @@ class JEIDNNTrainer(Trainer):
 
 
 class _PatientAfterWarmup(EarlyStoppingCallback):
-    """Early stopping that begins to count when the warm-up ends."""
+    """Early stopping that begins to count when the warm-up ends, where there is more than a warm-up."""
 
     def __init__(self, patience: int, trainer: JEIDNNTrainer):
         super().__init__(early_stopping_patience=patience)
         self._trainer = trainer
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        if self._trainer.last_phase is not Phase.WARMUP:
+        if not self._trainer.im_training.alternates or self._trainer.last_phase is not Phase.WARMUP:
             super().on_evaluate(args, state, control, metrics, **kwargs)
 
 

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from .im_training import IM_TRAININGS
 from .objectives import GATE_TARGETS
 
 TRAINING_RECIPES: dict[str, dict[str, Any]] = {
@@ -20,6 +21,7 @@ TRAINING_RECIPES: dict[str, dict[str, Any]] = {
         "optimizer": "adam",
         "schedule": "constant",
         "warmup_weighting": "position",
+        "im_training": "jeidnn",
         "gates_on": "train",
         "gate_objective": "surrogate",
     },
@@ -31,6 +33,7 @@ TRAINING_RECIPES: dict[str, dict[str, Any]] = {
         "optimizer": "adamw",
         "schedule": "one_cycle",
         "warmup_weighting": "uniform",
+        "im_training": "plain",
         "gates_on": "validation",
         "gate_objective": "expected_cost",
     },
@@ -42,6 +45,7 @@ _CHOICES = {
     "optimizer": ("adam", "adamw"),
     "schedule": ("constant", "one_cycle"),
     "warmup_weighting": ("position", "uniform"),
+    "im_training": tuple(IM_TRAININGS),
     "gates_on": ("train", "validation"),
     "gate_objective": ("surrogate", "expected_cost"),
     "gate_targets": GATE_TARGETS,
@@ -67,8 +71,9 @@ class JEIDNNTrainingArguments(TrainingArguments):
     )
     warmup_weighting: str | None = field(default=None, metadata={"help": "position: exit l times L - l, Eq. 17."})
     bi_switch: int = field(default=200, metadata={"help": "Optimizer steps between two changes of phase."})
+    im_training: str | None = field(default=None, metadata={"help": "How IMs are trained, see im_training."})
     gates_on: str | None = field(
-        default=None, metadata={"help": "train: alternate as the paper. validation: fit gates after the IMs, there."}
+        default=None, metadata={"help": "train: with the IMs, as the paper. validation: after the IMs, there."}
     )
     gate_objective: str | None = field(default=None, metadata={"help": "surrogate (Eq. 16) or expected_cost (Eq. 6)."})
     gate_targets: str = field(default="subsequent", metadata={"help": "subsequent (Eq. 31) or if_min (App. 9.15)."})
@@ -92,10 +97,10 @@ class JEIDNNTrainingArguments(TrainingArguments):
         for name, value in TRAINING_RECIPES[self.recipe].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        if self.gates_on == "train" and not IM_TRAININGS[self.im_training].trains_gates:
+            raise ValueError(f"Expected gates_on='validation', but got 'train': {self.im_training} trains no gates.")
         if self.warmup_epochs is None:
             self.warmup_epochs = max(1, round(self.num_train_epochs / 3))
-        if self.gates_on == "validation":
-            self.warmup_epochs = self.num_train_epochs
         for name in ("bi_switch", "gate_steps", "num_train_epochs"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Expected {name} to be positive, but got {getattr(self, name)}.")

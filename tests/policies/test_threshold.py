@@ -45,7 +45,7 @@ def mean_cost(record: ExitRecord, chosen: list[int]) -> float:
 
 
 @quick
-@given(st.integers(0, 99), st.floats(0.25, 1.1), st.integers(2, 6))
+@given(st.integers(0, 99), st.floats(0.25, 1.0), st.integers(2, 6))
 def test_the_most_demanding_threshold_within_budget(seed, budget, exits):
     record = record_of(seed=seed, exits=exits)
     budget = max(budget, 1 / exits)
@@ -86,9 +86,9 @@ def test_budgets_in_order_give_thresholds_and_costs_in_order():
     assert evaluate(record, policies[-1]).share_by_exit == [0, 0, 0, 1]
 
 
-@pytest.mark.parametrize("budget", [0.2499, 0.0, -1.0, math.nan])
-def test_a_budget_below_the_first_exit_is_refused(budget):
-    with pytest.raises(ValueError, match=r"^Expected a budget of at least 0\.250, the first exit, but got .*\.$"):
+@pytest.mark.parametrize("budget", [0.2499, 0.0, -1.0, math.nan, 1.01])
+def test_a_budget_below_the_first_exit_or_above_the_last_is_refused(budget):
+    with pytest.raises(ValueError, match=r"^Expected a budget in \[0\.250, 1\.000\], from the .*, but got .*\.$"):
         ConfidenceThreshold.fit(record_of(), budget=budget)
 
 

@@ -1,5 +1,19 @@
-"""Policies other than the learned gates, one file each; each takes a budget and is fitted on an ExitRecord."""
+"""Exit policies, one file each; each is fitted to a budget on an ExitRecord, and is saved with a model."""
 
+from ..gates import ExitPolicy
+from .learned import LearnedGates
 from .threshold import ConfidenceThreshold
 
-__all__ = ["ConfidenceThreshold"]
+__all__ = ["POLICIES", "ConfidenceThreshold", "LearnedGates", "policy_class"]
+
+POLICIES: dict[str, type[ExitPolicy]] = {
+    "gates": LearnedGates,
+    "threshold": ConfidenceThreshold,
+}
+
+
+def policy_class(name: str) -> type[ExitPolicy]:
+    """The class behind a name of `POLICIES`; a ValueError for any other."""
+    if name not in POLICIES:
+        raise ValueError(f"Expected policy to be one of {tuple(POLICIES)}, but got {name!r}.")
+    return POLICIES[name]

@@ -1,4 +1,4 @@
-"""One global threshold on the calibrated maximum probability: leave at the first exit that is sure enough.
+"""One global threshold on a calibrated confidence: leave at the first exit that is sure enough.
 
 The rule of BranchyNet (Teerapittayanon et al. 2016) and of most early-exit networks, with one temperature per exit.
 """
@@ -13,18 +13,37 @@ from torch import Tensor
 from ..exits import exit_decision
 from ..gates import ExitPolicy, Lambda
 from ..record import ExitRecord
+from .budgets import check_budget, largest_within
+from .confidence import MEASURES, confidence
 
 
 class ConfidenceThreshold(ExitPolicy):
-    """Leaves at the first exit whose maximum probability, after its temperature, exceeds ``threshold``."""
+    """Leaves at the first exit whose confidence, after its temperature, exceeds ``threshold``.
 
-    def __init__(self, temperatures: Tensor, threshold: float):
+    Args:
+        temperatures: ``(L,)``.
+        threshold: in [0, 1]; at 1 nobody leaves early.
+        measure: one of ``confidence.MEASURES``.
+    """
+
+    def __init__(self, temperatures: Tensor, threshold: float | Tensor, measure: str = "max_probability"):
         super().__init__(len(temperatures))
+        if measure not in MEASURES:
+            raise ValueError(f"Expected a measure among {MEASURES}, but got {measure!r}.")
+        self.measure = measure
         self.register_buffer("temperatures", temperatures)
-        self.threshold = threshold
+        self.register_buffer("threshold", torch.as_tensor(threshold, dtype=temperatures.dtype))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"measure": self.measure}
 
     @classmethod
-    def fit(cls, record: ExitRecord, *, budget: float) -> ConfidenceThreshold:
+    def blank(cls, num_exits: int, num_labels: int, measure: str = "max_probability") -> ConfidenceThreshold:
+        return cls(torch.ones(num_exits), 1.0, measure)
+
+    @classmethod
+    def fit(cls, record: ExitRecord, *, budget: float, measure: str = "max_probability") -> ConfidenceThreshold:
         """Temperatures by likelihood, then the most demanding threshold whose mean normalised cost is within budget.
 
         Args:
@@ -32,29 +51,24 @@ class ConfidenceThreshold(ExitPolicy):
             budget: mean Mul-Adds, as a share of the backbone's.
 
         Raises:
-            ValueError: a budget that even leaving at the first exit exceeds.
+            ValueError: a budget below the first exit's cost or above the last's.
         """
-        costs = torch.tensor(record.costs.normalised, dtype=torch.float64)
-        if not float(costs[0]) <= budget:
-            raise ValueError(f"Expected a budget of at least {float(costs[0]):.3f}, the first exit, but got {budget}.")
-        policy = cls(record.temperatures.clone(), threshold=-1.0)
-        confidence = policy.confidence(record.logits)
-        low, high = 0.0, 1.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            within = costs[exit_decision(confidence, middle)].mean() <= budget
-            low, high = (middle, high) if within else (low, middle)
-        policy.threshold = low
+        costs = check_budget(record, budget)
+        policy = cls(record.temperatures.clone(), 0.0, measure)
+        sure = policy.confidence(record.logits)
+        policy.threshold.fill_(
+            largest_within(budget, lambda threshold: costs[exit_decision(sure, threshold)].mean(), 0.0, 1.0)
+        )
         return policy
 
     def confidence(self, logits: Tensor) -> Tensor:
-        """``(N, L, K)`` to the calibrated maximum probabilities ``(N, L)``."""
-        return (logits / self.temperatures[:, None]).softmax(-1).amax(-1)
+        """``(N, L, K)`` to calibrated confidences ``(N, L)``."""
+        return confidence((logits / self.temperatures[:, None]).softmax(-1), self.measure)
 
     def step(self, l: int, logits: Tensor, carry: Any = None, lam: Lambda = None) -> tuple[Tensor, Any]:
         if l == self.num_exits - 1:
             return torch.ones_like(logits[:, 0], dtype=torch.bool), None
-        return (logits / self.temperatures[l]).softmax(-1).amax(-1) > self.threshold, None
+        return confidence((logits / self.temperatures[l]).softmax(-1), self.measure) > self.threshold, None
 
     def decide(self, logits: Tensor, lam: Lambda = None) -> Tensor:
         return exit_decision(self.confidence(logits), self.threshold)

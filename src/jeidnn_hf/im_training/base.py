@@ -1,0 +1,58 @@
+"""The interface of a way to train inference modules (IMs): the loss of one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..configuration_jeidnn import JEIDNNConfig
+    from ..modeling_jeidnn import JEIDNNForImageClassification
+    from ..training_args import JEIDNNTrainingArguments
+
+
+class Phase(IntEnum):
+    """Whose parameters a step moves."""
+
+    WARMUP = 0
+    GATE = 1
+    IM = 2
+
+
+class IMTraining(nn.Module):
+    """A way to train IMs. `JEIDNNTrainer` asks it for the loss of each step; parameters and buffers of its own are
+    saved in the trainer's checkpoints.
+
+    Args:
+        args: those of the trainer.
+        num_exits: L of the model.
+
+    ``trains_gates``: whether the loss moves the gates too; else they are fitted afterwards, on held-out answers.
+    ``alternates``: whether steps have phases (Algorithm 1); else every step is one of the warm-up.
+    """
+
+    trains_gates = False
+    alternates = False
+
+    def __init__(self, args: JEIDNNTrainingArguments, num_exits: int):
+        super().__init__()
+        self.args, self.num_exits = args, num_exits
+
+    @classmethod
+    def check(cls, config: JEIDNNConfig) -> None:
+        """A ValueError where a model of this config cannot be trained so."""
+
+    def loss(
+        self, model: JEIDNNForImageClassification, features: Sequence[Tensor], labels: Tensor, phase: Phase
+    ) -> Tensor:
+        """A scalar.
+
+        Args:
+            model: the one that is trained.
+            features: of every exit, ``(B, d_l)``.
+            labels: ``(B,)``.
+        """
+        raise NotImplementedError
