@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from math import prod
 
@@ -42,6 +42,11 @@ class ExitCosts:
         """IC^l as a share of the bare backbone's Mul-Adds; with exits counted the last one is a little above 1."""
         return tuple(cost / self.backbone[-1] for cost in self.total)
 
+    def under(self, policy: ExitPolicy, num_labels: int) -> ExitCosts:
+        """The table where this policy decides; at the last exit there is nothing to decide."""
+        each = [policy.mul_adds(num_labels)] * (len(self.gates) - 1) + [0]
+        return replace(self, gates=tuple(accumulate(each)))
+
     def to_dict(self) -> dict[str, list[int]]:
         return {name: list(values) for name, values in asdict(self).items()}
 
@@ -64,13 +69,13 @@ def exit_costs(
     exits = backbone.num_exits
     seen = zip(backbone.exit_pooling, backbone.map_shapes, strict=True)
     pooling = [pooling_mul_adds(names, shape) for names, shape in seen] + [0]
-    gates = [policy.mul_adds(num_labels)] * (exits - 1) + [0]
-    return ExitCosts(
+    costs = ExitCosts(
         backbone=tuple(known or backbone_mul_adds(backbone)),
         pooling=tuple(accumulate(pooling)),
         heads=tuple(accumulate(heads.mul_adds(l) for l in range(exits))),
-        gates=tuple(accumulate(gates)),
+        gates=(0,) * exits,
     )
+    return costs.under(policy, num_labels)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from .calibration import fit_temperatures
 from .costs import ExitCosts
 from .files import written_whole
+from .gates import ExitPolicy
 from .splits import SplitInfo
 
 
@@ -102,6 +103,12 @@ class ExitRecord:
     @property
     def num_exits(self) -> int:
         return self.logits.shape[1]
+
+    def under(self, policy: ExitPolicy) -> ExitRecord:
+        """The same answers, at the costs that they have where this policy decides."""
+        record = replace(self, costs=self.costs.under(policy, self.logits.shape[2]))
+        record.__dict__["temperatures"] = self.temperatures
+        return record
 
     @classmethod
     def of(cls, model, images: Dataset, split: SplitInfo, batch_size: int = 512) -> ExitRecord:
