@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
-from math import prod
+from math import isclose, prod
 
 import torch
 from fvcore.nn import FlopCountAnalysis
@@ -41,6 +41,12 @@ class ExitCosts:
     def normalised(self) -> tuple[float, ...]:
         """IC^l as a share of the bare backbone's Mul-Adds; with exits counted the last one is a little above 1."""
         return tuple(cost / self.backbone[-1] for cost in self.total)
+
+    def check_same(self, shares: Sequence[float], what: str) -> None:
+        """A ValueError that calls them ``what`` unless ``shares`` are `normalised`, up to rounding."""
+        if len(shares) != len(self.total) or not all(map(isclose, shares, self.normalised)):
+            expected, got = ([round(share, 4) for share in found] for found in (self.normalised, shares))
+            raise ValueError(f"Expected {what} of this model, whose exits cost {expected}, but got one of {got}.")
 
     def to_dict(self) -> dict[str, list[int]]:
         return {name: list(values) for name, values in asdict(self).items()}
