@@ -130,7 +130,7 @@ def test_moving_the_slider_does_not_run_the_backbone(ranged, monkeypatch):
 
 def test_the_set_is_that_of_predict_sets(ranged):
     sizes, exits = set(), set()
-    for picture in pictures(8, seed=11):
+    for picture in pictures(10, seed=11):
         features = page.exit_features(ranged, picture)
         for alpha in page.calibrated_alphas(ranged):
             answer = page.answer_at(ranged, features, OWN, alpha)

@@ -103,7 +103,7 @@ def answer_at(
         in_set = model.sets_of(output, alpha, METHOD)[0].cpu()
         order = probabilities[taken].argsort(descending=True, stable=True).tolist()
         members = [names[k] for k in order if in_set[k]]
-        note = f"Holds the true class for {1 - alpha:.1%} of pictures like those of the calibration."
+        note = f"Sets like this hold the true class of at least {1 - alpha:.1%} of pictures like the calibration's."
     return Answer(lam, taken + 1, views, int(output.mul_adds[0]), model.costs.backbone[-1], members, note)
 
 
@@ -237,9 +237,11 @@ def serve(
     model, curve = load(name, revision, subfolder)
     shown = Path(name).resolve().name if Path(name).is_dir() else str(name)
     app = build_app(model, curve, f"{shown}/{subfolder}" if subfolder else shown)
+    bold = gr.themes.LocalFont("Source Sans Pro", weights=(400, 700))  # gradio's own choice, 600, lacks letters
     app.launch(
-        server_name=host, server_port=port, footer_links=[], ssr_mode=False, quiet=True, prevent_thread_lock=True
-    )
+        server_name=host, server_port=port, theme=gr.themes.Default(font=(bold, "system-ui", "sans-serif")),
+        footer_links=[], ssr_mode=False, quiet=True, prevent_thread_lock=True,
+    )  # fmt: skip
     return app
 
 
