@@ -4,7 +4,7 @@ VENV   ?= .venv
 # the first of these that is Python 3.11 or newer; expanded only when a virtual environment has to be made
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	if $$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then echo $$p; break; fi; done)
-EXTRAS := dev,plots,demo,hub
+EXTRAS := dev,plots,demo,hub,app
 STAMP  := $(VENV)/.jeidnn-installed
 
 # JOBS test processes with OMP_NUM_THREADS threads each: 2 x 1 suits the two cores of CI. JOBS=0 runs in one process.

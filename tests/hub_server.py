@@ -54,7 +54,10 @@ class Repo:
 
 
 class LocalHub:
-    """``with LocalHub() as hub:`` serves ``hub.repos``, and lists ``(method, path)`` of what is asked."""
+    """``with LocalHub() as hub:`` serves ``hub.repos``, and lists ``(method, path)`` of what is asked.
+
+    A Space is under the name ``spaces/org/name``.
+    """
 
     READ, WRITE = "hf_read", "hf_write"
 
@@ -104,12 +107,12 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/repos/create", "create"),
         ("POST", r"/api/validate-yaml", "validate_yaml"),
         ("GET", r"/api/whoami-v2", "whoami"),
-        ("POST", r"/api/models/(?P<name>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)", "preupload"),
-        ("POST", r"/api/models/(?P<name>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)", "commit"),
-        ("POST", r"/api/models/(?P<name>[^/]+/[^/]+)/branch/(?P<branch>.+)", "branch"),
-        ("GET", r"/api/models/(?P<name>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(?:/(?P<path>.*))?", "tree"),
-        ("GET", r"/api/models/(?P<name>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/]+))?", "info"),
-        ("HEAD|GET", r"/(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+        ("POST", r"/api/(?P<name>(?:models|spaces)/[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)", "preupload"),
+        ("POST", r"/api/(?P<name>(?:models|spaces)/[^/]+/[^/]+)/commit/(?P<revision>[^/]+)", "commit"),
+        ("POST", r"/api/(?P<name>(?:models|spaces)/[^/]+/[^/]+)/branch/(?P<branch>.+)", "branch"),
+        ("GET", r"/api/(?P<name>(?:models|spaces)/[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(?:/(?P<path>.*))?", "tree"),
+        ("GET", r"/api/(?P<name>(?:models|spaces)/[^/]+/[^/]+)(?:/revision/(?P<revision>[^/]+))?", "info"),
+        ("HEAD|GET", r"/(?P<name>(?:spaces/)?[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
     )
 
     def do_GET(self):
@@ -122,6 +125,8 @@ class _Handler(BaseHTTPRequestHandler):
             match = re.fullmatch(pattern, path)
             if match and self.command in methods.split("|"):
                 parts = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
+                if "name" in parts:
+                    parts["name"] = parts["name"].removeprefix("models/")
                 return getattr(self, answer)(**parts)
         self.error(404, None, "Not Found")
 
@@ -169,10 +174,15 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.may_write():
             return
         asked = json.loads(self.body)
+        kind = asked.get("type", "model")
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        if kind == "space":
+            if asked.get("sdk") != "gradio":
+                return self.error(400, None, "Expected the SDK of the Space")
+            name = f"spaces/{name}"
         answer = {"url": f"{self.hub.url}/{name}", "name": name, "id": name}
         if name in self.hub.repos:
-            return self.json(answer | {"error": "You already created this model repo"}, 409)
+            return self.json(answer | {"error": f"You already created this {kind} repo"}, 409)
         self.hub.repos[name] = Repo(private=bool(asked.get("private")))
         self.json(answer)
 

@@ -312,7 +312,7 @@ def test_help_does_not_wait_for_torch():
         f"for arguments in {asked}:\n"
         "    try: main(arguments)\n"
         "    except SystemExit as end: print('status', end.code)\n"
-        "print(sorted({'torch', 'timm', 'transformers', 'datasets', 'numpy', 'PIL'} & set(sys.modules)))"
+        "print(sorted({'torch', 'timm', 'transformers', 'datasets', 'numpy', 'PIL', 'gradio'} & set(sys.modules)))"
     )
     answer = python("-c", script)
     assert answer.returncode == 0 and answer.stderr == ""

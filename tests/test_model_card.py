@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard
 
 from jeidnn_hf import ExitRecord, JEIDNNConfig, JEIDNNForImageClassification, JEIDNNTrainer, evaluate, runs
 from jeidnn_hf.cli import main
+from jeidnn_hf.curve import AccuracyCostCurve
 from jeidnn_hf.hub import Place, index_card, push_folder
 from jeidnn_hf.model_card import build_card, load_card, training_settings, write_card
 from jeidnn_hf.operating_point import OperatingPoint
@@ -159,7 +160,7 @@ def test_every_lambda_with_its_accuracy_and_cost(ranged):
 
 def test_figure_settings_limits_and_citation(ranged):
     text = ranged.files[0].read_text()
-    assert [path.name for path in ranged.files] == ["README.md", "frontier.png"]
+    assert [path.name for path in ranged.files] == ["README.md", "frontier.png", "curve.json"]
     assert "![accuracy against Mul-Adds](frontier.png)" in text
     assert ranged.files[1].read_bytes().startswith(b"\x89PNG")
     settings = dict(table_after(text, "## Training"))
@@ -309,6 +310,23 @@ def test_a_card_with_a_broken_head_is_an_error_of_one_line(ranged, tmp_path, hea
         assert "\n" not in str(raised.value) and "jeidnn card" in str(raised.value)
 
 
+def test_the_curve_beside_the_card_is_that_of_the_reports(ranged):
+    curve = AccuracyCostCurve.load(ranged.folder)
+    assert tuple(curve.lam) == LAMBDAS and curve.accuracy == [report.accuracy for report in ranged.reports]
+    assert curve.normalised_mul_adds == [report.normalised_mul_adds for report in ranged.reports]
+    assert (curve.dataset, curve.num_samples, curve.backbone_accuracy) == ("cifar10", SAMPLES, None)
+
+
+def test_a_curve_that_is_broken_or_of_another_model_is_not_pushed(ranged, tmp_path):
+    ranged.model.save_pretrained(tmp_path)
+    replace(AccuracyCostCurve.load(ranged.folder), exit_mul_adds=[0.5]).save(tmp_path)
+    with pytest.raises(ValueError, match="^Expected a curve of this model"):
+        push_folder(tmp_path, "org/x")  # nothing answers there: it would be another error
+    (tmp_path / "curve.json").write_text("{")
+    with pytest.raises(ValueError, match="^Expected an accuracy-cost curve"):
+        push_folder(tmp_path, "org/x")
+
+
 def test_a_broken_card_is_not_pushed(ranged, tmp_path):
     ranged.model.save_pretrained(tmp_path)
     (tmp_path / "README.md").write_text("---\ntags: [x\n---\n")
@@ -374,7 +392,7 @@ def test_the_command_finds_what_its_run_knows(run_folder, tmp_path, capsys):
     arguments = ["card", str(folder / "paper-lam1-seed1"), "--output", str(tmp_path / "cards" / "x"), "--json"]
     assert main([*arguments, "--repo-id", "org/x-lam1", "--license", "mit"]) == 0
     printed, errors = capsys.readouterr()
-    paths = [tmp_path / "cards" / "x" / name for name in ("README.md", "frontier.png")]
+    paths = [tmp_path / "cards" / "x" / name for name in ("README.md", "frontier.png", "curve.json")]
     assert json.loads(printed) == [str(path) for path in paths] and errors == "" and all(p.exists() for p in paths)
     card = load_card(paths[0])
     assert card.data.license == "mit" and card.data.model_name == "x-lam1"
@@ -400,6 +418,15 @@ def test_the_figure_shows_what_the_run_compares_it_with(run_folder, tmp_path, mo
         "paper-lam0.1-seed1": [0.1], "paper at other λ": [1.0],
     }  # fmt: skip
     assert options["backbone_accuracy"] == 0.9
+
+
+def test_the_curve_in_a_run_is_of_the_models_own_lambda_and_seed(run_folder, ranged):
+    folder, reports = run_folder
+    curve = runs.curve_in_run(folder / "paper-lam1-seed1")
+    assert (curve.lam, curve.accuracy, curve.backbone_accuracy) == ([1.0], [reports[1].accuracy], 0.9)
+    assert runs.curve_in_run(ranged.folder) is None
+    build(folder / "paper-lam0.6-seed1", recipe="paper", lam=0.6)
+    assert runs.curve_in_run(folder / "paper-lam0.6-seed1") is None
 
 
 def test_the_command_without_a_run_and_without_a_model(ranged, tmp_path, capsys):

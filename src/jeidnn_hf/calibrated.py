@@ -66,15 +66,15 @@ class CalibratedMixin:
             logits = logits / logits.new_tensor(self._operating_point.temperatures)[output.exit_index, None]
         return logits.softmax(-1)
 
-    def has_sets(self, alpha: float = 0.05, method: str = "grouped") -> bool:
-        """Whether `predict_sets` can answer: calibrated at this alpha, by this method, and at the lambda in use."""
+    def has_sets(self, alpha: float = 0.05, method: str = "grouped", lam: float | None = None) -> bool:
+        """Whether there are sets: calibrated at this alpha, by this method, and at ``lam``, by default that in use."""
         point = self._operating_point
-        return point is not None and self._is_fitted_at_lam(point) and alpha in point.thresholds.get(method, ())
+        return point is not None and self._is_fitted_at(point, lam) and alpha in point.thresholds.get(method, ())
 
-    def _is_fitted_at_lam(self, point: OperatingPoint) -> bool:
+    def _is_fitted_at(self, point: OperatingPoint, lam: float | None = None) -> bool:
         if point.lam is None:
             return not self.config.has_lam_range or self.config.policy != "gates"
-        return math.isclose(point.lam, self.config.current_lam, rel_tol=1e-6)
+        return math.isclose(point.lam, self.config.current_lam if lam is None else lam, rel_tol=1e-6)
 
     @torch.inference_mode()
     def predict_sets(self, pixel_values: Tensor, alpha: float = 0.05, method: str = "grouped") -> JEIDNNPrediction:
@@ -94,21 +94,25 @@ class CalibratedMixin:
         point = self._operating_point
         if point is None:
             raise ValueError("Expected an operating point, but got None; set model.operating_point to a fitted one.")
-        if not self._is_fitted_at_lam(point):
+        if not self._is_fitted_at(point):
             raise ValueError(
                 f"Expected the lambda of the operating point, {point.lam}, but got {self.config.current_lam:g}; "
                 "set_lambda to the former, or fit an operating point at the latter."
             )
-        thresholds = point.thresholds_at(alpha, method)  # before the work
+        point.thresholds_at(alpha, method)  # before the work
         output = self(pixel_values, return_dict=True)
-        probabilities = self.probabilities(output)
-        if point.score.seed is not None:
-            point = replace(point, score=replace(point.score, seed=int(torch.randint(2**62, ()))))
-        at_every_exit = probabilities[:, None].expand(-1, len(thresholds), -1)
         return JEIDNNPrediction(
-            sets=point.prediction_sets(at_every_exit, output.exit_index, alpha, method),
-            probabilities=probabilities,
+            sets=self.sets_of(output, alpha, method),
+            probabilities=self.probabilities(output),
             logits=output.logits,
             exit_index=output.exit_index,
             mul_adds=output.mul_adds,
         )
+
+    def sets_of(self, output, alpha: float = 0.05, method: str = "grouped") -> Tensor:
+        """As `predict_sets`, a mask ``(B, K)``, of a `JEIDNNOutput` at the lambda of the operating point."""
+        point = self._operating_point
+        if point.score.seed is not None:
+            point = replace(point, score=replace(point.score, seed=int(torch.randint(2**62, ()))))
+        at_every_exit = self.probabilities(output)[:, None].expand(-1, len(point.temperatures), -1)
+        return point.prediction_sets(at_every_exit, output.exit_index, alpha, method)

@@ -11,8 +11,8 @@ from importlib import import_module
 from . import __version__
 
 COMMANDS = (
-    "demo", "backbones", "costs", "train", "evaluate", "figures", "compare", "predict", "card", "push", "convert",
-    "doctor",
+    "demo", "backbones", "costs", "train", "evaluate", "figures", "compare", "predict", "app", "card", "push",
+    "convert", "doctor",
 )  # fmt: skip
 """Modules of `commands`, each with ``HELP``, ``add_arguments(parser)`` and ``run(options)``."""
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
-from math import prod
+from math import isclose, prod
 
 import torch
 from fvcore.nn import FlopCountAnalysis
@@ -46,6 +46,12 @@ class ExitCosts:
         """The table where this policy decides; at the last exit there is nothing to decide."""
         each = [policy.mul_adds(num_labels)] * (len(self.gates) - 1) + [0]
         return replace(self, gates=tuple(accumulate(each)))
+
+    def check_same(self, shares: Sequence[float], what: str) -> None:
+        """A ValueError that calls them ``what`` unless ``shares`` are `normalised`, up to rounding."""
+        if len(shares) != len(self.total) or not all(map(isclose, shares, self.normalised)):
+            expected, got = ([round(share, 4) for share in found] for found in (self.normalised, shares))
+            raise ValueError(f"Expected {what} of this model, whose exits cost {expected}, but got one of {got}.")
 
     def to_dict(self) -> dict[str, list[int]]:
         return {name: list(values) for name, values in asdict(self).items()}

@@ -14,6 +14,8 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, constan
 from .checkpoints import one_line_errors
 from .configuration_jeidnn import JEIDNNConfig, check_lam
 from .costs import ExitCosts
+from .curve import FILE_NAME as CURVE_NAME
+from .curve import AccuracyCostCurve
 from .export_code import export_code
 from .model_card import CARD_NAME, FIGURE_NAME, LIBRARY_NAME, TASK, load_card
 from .modeling_jeidnn import JEIDNNForImageClassification
@@ -24,7 +26,7 @@ from .stored import portable
 SHORT_NAMES = {"t2t_vit_7": "t2t7", "t2t_vit_14": "t2t14"}
 """Backbones whose name is shortened in a repository's; the others keep theirs, which has no hyphen."""
 
-BESIDE_THE_WEIGHTS = (CARD_NAME, FIGURE_NAME, CALIBRATION_NAME, "preprocessor_config.json")
+BESIDE_THE_WEIGHTS = (CARD_NAME, FIGURE_NAME, CURVE_NAME, CALIBRATION_NAME, "preprocessor_config.json")
 """Files of a saved model that are pushed with it where there are some."""
 
 _NAME = re.compile(
@@ -118,6 +120,8 @@ def push_folder(
     model = JEIDNNForImageClassification.from_pretrained(folder)
     if (folder / CARD_NAME).exists():
         load_card(folder)
+    if (folder / CURVE_NAME).exists():
+        AccuracyCostCurve.load(folder).check_is_of(model.costs)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as staged, one_line_errors():
         with portable(model):

@@ -1,4 +1,5 @@
-"""The card of a checkpoint: ``README.md``, whose numbers come from its reports, and its curve, ``frontier.png``."""
+"""The card of a checkpoint: ``README.md``, whose numbers come from its reports, and its curve, as the drawing
+``frontier.png`` and as the numbers of ``curve.json``."""
 
 from __future__ import annotations
 
@@ -18,6 +19,8 @@ from .backbones import pretrained_cfg
 from .backbones.loading import HUB_WEIGHTS
 from .configuration_jeidnn import JEIDNNConfig
 from .costs import ExitCosts
+from .curve import FILE_NAME as CURVE_NAME
+from .curve import AccuracyCostCurve
 from .evaluation import EvaluationReport
 from .files import written_whole
 from .modeling_jeidnn import resolve_preprocessing
@@ -53,9 +56,9 @@ def write_card(
     name: str | None = None,
     **options: Any,
 ) -> list[Path]:
-    """Writes the card of a saved model and, where there are reports, its figure; returns the files.
+    """Writes the card of a saved model and, where there are reports, its figure and curve; returns the files.
 
-    Both are written or none is.
+    All are written or none is.
 
     Args:
         folder: of the saved model.
@@ -81,7 +84,8 @@ def write_card(
         if reports:
             curves = {name: reports, **(others or {})}
             plot_frontier(curves, temporary / FIGURE_NAME, backbone_accuracy=backbone_accuracy, title=_images(reports))
-    return [output_dir / file for file in ([CARD_NAME, FIGURE_NAME] if reports else [CARD_NAME])]
+            AccuracyCostCurve.of_reports(reports, backbone_accuracy).save(temporary)
+    return [output_dir / file for file in ([CARD_NAME, FIGURE_NAME, CURVE_NAME] if reports else [CARD_NAME])]
 
 
 def build_card(
@@ -227,14 +231,12 @@ def training_settings(given: Mapping[str, Any]) -> dict[str, Any]:
 def _check_of_this_model(
     config: JEIDNNConfig, reports: Sequence[EvaluationReport], point: OperatingPoint | None
 ) -> None:
-    costs = ExitCosts.from_dict(config.mul_adds).normalised
+    costs = ExitCosts.from_dict(config.mul_adds)
     for report in reports:
-        if len(report.exit_mul_adds) != len(costs) or not all(map(math.isclose, report.exit_mul_adds, costs)):
-            expected, got = ([round(cost, 4) for cost in found] for found in (costs, report.exit_mul_adds))
-            raise ValueError(f"Expected a report of this model, whose exits cost {expected}, but got one of {got}.")
-    if point is not None and len(point.temperatures) != len(costs):
+        costs.check_same(report.exit_mul_adds, "a report")
+    if point is not None and len(point.temperatures) != (exits := len(costs.total)):
         got = len(point.temperatures)
-        raise ValueError(f"Expected an operating point of this model's {len(costs)} exits, but got one of {got}.")
+        raise ValueError(f"Expected an operating point of this model's {exits} exits, but got one of {got}.")
     if point is not None and None not in (own := {point.backbone, config.backbone_fingerprint}) and len(own) > 1:
         expected = config.backbone_fingerprint
         raise ValueError(f"Expected an operating point of backbone {expected}, but got one of {point.backbone}.")

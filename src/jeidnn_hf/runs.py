@@ -27,10 +27,11 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from .configuration_jeidnn import JEIDNNConfig
+from .curve import AccuracyCostCurve
 from .data import ImageView
 from .evaluation import EvaluationReport, evaluate
 from .feature_cache import CachedFeatures, cached_role
-from .files import write_text
+from .files import read_json, write_text
 from .metrics import accuracy_at_cost
 from .model_card import training_settings, write_card
 from .modeling_jeidnn import JEIDNNForImageClassification
@@ -39,7 +40,7 @@ from .operating_point import OperatingPoint
 from .policies import ConfidenceThreshold
 from .preprocessing import Preprocessing
 from .record import ExitRecord
-from .reports import FOLDER, load_costs, load_curves, load_logs, save_curve
+from .reports import FOLDER, Curves, load_costs, load_curves, load_logs, save_curve
 from .run_config import TrainConfig, read_run_config
 from .sources import Source, load_source, read_labels, source_options
 from .splits import Splits, class_groups
@@ -299,18 +300,37 @@ def _known_to_the_run(run: RunFolder, name: str, config: JEIDNNConfig) -> dict[s
     if not (run.folder / FOLDER).exists():
         return known
     curves, kind, seed = load_curves(run.folder), kind_of(name), seed_of(name)
-    reports, siblings = [], []
-    for report in curves.get(kind, {}).get(seed, ()):
-        (reports if config.has_lam_range or report.lam == config.lam else siblings).append(report)
+    reports, siblings = _own_and_other(curves, name, config)
     if not reports:
         raise ValueError(f"Expected a report of {name!r} in {str(run.folder)!r}, but got none; run `jeidnn evaluate`.")
     threshold = f"{kind} heads, threshold"
     others = {f"{kind} at other λ": siblings, threshold: curves.get(threshold, {}).get(seed, ())}
     known |= {"reports": reports, "others": {method: found for method, found in others.items() if found}}
-    if (run.folder / "evaluation.json").exists():
-        summary = json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8"))
-        known["backbone_accuracy"] = summary["backbone_accuracy"]
-    return known
+    return known | {"backbone_accuracy": _backbone_accuracy(run.folder)}
+
+
+def _own_and_other(
+    curves: Curves, name: str, config: JEIDNNConfig
+) -> tuple[list[EvaluationReport], list[EvaluationReport]]:
+    """Of a model's kind and seed, its reports and those of its siblings, trained at other lambdas."""
+    own, other = [], []
+    for report in curves.get(kind_of(name), {}).get(seed_of(name), ()):
+        (own if config.has_lam_range or report.lam == config.lam else other).append(report)
+    return own, other
+
+
+def _backbone_accuracy(run_dir: Path) -> float | None:
+    path = run_dir / "evaluation.json"
+    return read_json(path, "the summary of an evaluation")["backbone_accuracy"] if path.exists() else None
+
+
+def curve_in_run(model_dir: str | Path) -> AccuracyCostCurve | None:
+    """The accuracy-cost curve of a saved model from the reports of its run folder; None where there are none of it."""
+    folder = Path(model_dir).resolve()
+    if not list((folder.parent / FOLDER).glob("*.json")):
+        return None
+    own, _ = _own_and_other(load_curves(folder.parent), folder.name, JEIDNNConfig.from_pretrained(folder))
+    return AccuracyCostCurve.of_reports(own, _backbone_accuracy(folder.parent)) if own else None
 
 
 def budget_table(summary: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-HELP = "write the model card of a saved model, README.md and frontier.png"
+HELP = "write the model card of a saved model, README.md, frontier.png and curve.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch to push to")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--push-code", action="store_true", help="send the code along, for trust_remote_code=True")
+    parser.add_argument("--space", action="store_true", help="also push a Space of that name that serves `jeidnn app`")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -33,4 +34,14 @@ def run(options: argparse.Namespace) -> None:
         push_code=options.push_code,
     )
     row = {"repo_id": options.repo_id, "subfolder": options.subfolder, "commit": commit.oid, "url": commit.commit_url}
-    print(json.dumps(row, indent=1) if options.json else f"{options.folder}: pushed to {commit.commit_url}")
+    if options.space:
+        from ..space import push_space
+
+        where = {"revision": options.revision, "private": options.private or None}
+        row["space"] = str(push_space(options.repo_id, options.subfolder, **where).repo_url)
+    if options.json:
+        print(json.dumps(row, indent=1))
+        return
+    print(f"{options.folder}: pushed to {commit.commit_url}")
+    if options.space:
+        print(f"its Space: {row['space']}")
