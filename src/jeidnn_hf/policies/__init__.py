@@ -2,13 +2,27 @@
 
 from ..gates import ExitPolicy
 from .learned import LearnedGates
+from .patience import Patience
+from .quota import QuotaThresholds
+from .random import RandomExits
 from .threshold import ConfidenceThreshold
 
-__all__ = ["POLICIES", "ConfidenceThreshold", "LearnedGates", "policy_class"]
+__all__ = [
+    "POLICIES",
+    "ConfidenceThreshold",
+    "LearnedGates",
+    "Patience",
+    "QuotaThresholds",
+    "RandomExits",
+    "policy_class",
+]
 
 POLICIES: dict[str, type[ExitPolicy]] = {
     "gates": LearnedGates,
     "threshold": ConfidenceThreshold,
+    "quota": QuotaThresholds,
+    "patience": Patience,
+    "random": RandomExits,
 }
 
 
