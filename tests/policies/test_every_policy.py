@@ -13,7 +13,7 @@ from jeidnn_hf.gates import ExitPolicy
 from jeidnn_hf.policies import POLICIES, ConfidenceThreshold, LearnedGates
 from small_models import operating_point, pixels, record, small_model
 
-OPTIONS = {"gates": {"steps": 300}}
+OPTIONS = {"gates": {"steps": 300}, "eenet": {"steps": 60}}
 """Of ``fit``, where its own defaults would take long."""
 BUDGETS = {"patience": 0.95}
 """Where 0.7 sends everybody to one exit: a patience has only L costs."""

@@ -1,6 +1,7 @@
 """Exit policies, one file each; each is fitted to a budget on an ExitRecord, and is saved with a model."""
 
 from ..gates import ExitPolicy
+from .eenet import EENetScheduler
 from .learned import LearnedGates
 from .patience import Patience
 from .quota import QuotaThresholds
@@ -10,6 +11,7 @@ from .threshold import ConfidenceThreshold
 __all__ = [
     "POLICIES",
     "ConfidenceThreshold",
+    "EENetScheduler",
     "LearnedGates",
     "Patience",
     "QuotaThresholds",
@@ -23,6 +25,7 @@ POLICIES: dict[str, type[ExitPolicy]] = {
     "quota": QuotaThresholds,
     "patience": Patience,
     "random": RandomExits,
+    "eenet": EENetScheduler,
 }
 
 
