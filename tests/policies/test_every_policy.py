@@ -13,8 +13,10 @@ from jeidnn_hf.gates import ExitPolicy
 from jeidnn_hf.policies import POLICIES, ConfidenceThreshold, LearnedGates
 from small_models import operating_point, pixels, record, small_model
 
-OPTIONS = {"gates": {"steps": 300}}
+OPTIONS = {"gates": {"steps": 300}, "eenet": {"steps": 60}}
 """Of ``fit``, where its own defaults would take long."""
+BUDGETS = {"patience": 0.95}
+"""Where 0.7 sends everybody to one exit: a patience has only L costs."""
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def test_one_exit_at_a_time_it_is_the_same_decision(name, answers):
 
 def test_it_is_saved_with_a_model_that_leaves_early_by_it(name, answers, tmp_path):
     model = small_model()
-    policy = fitted(name, answers)
+    policy = fitted(name, answers, BUDGETS.get(name, 0.7))
     model.set_policy(policy)
     if name == "gates":
         model.set_lambda(policy.lam)

@@ -1,14 +1,31 @@
 """Exit policies, one file each; each is fitted to a budget on an ExitRecord, and is saved with a model."""
 
 from ..gates import ExitPolicy
+from .eenet import EENetScheduler
 from .learned import LearnedGates
+from .patience import Patience
+from .quota import QuotaThresholds
+from .random import RandomExits
 from .threshold import ConfidenceThreshold
 
-__all__ = ["POLICIES", "ConfidenceThreshold", "LearnedGates", "policy_class"]
+__all__ = [
+    "POLICIES",
+    "ConfidenceThreshold",
+    "EENetScheduler",
+    "LearnedGates",
+    "Patience",
+    "QuotaThresholds",
+    "RandomExits",
+    "policy_class",
+]
 
 POLICIES: dict[str, type[ExitPolicy]] = {
     "gates": LearnedGates,
     "threshold": ConfidenceThreshold,
+    "quota": QuotaThresholds,
+    "patience": Patience,
+    "random": RandomExits,
+    "eenet": EENetScheduler,
 }
 
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ..exits import exit_decision
-from ..gates import ExitPolicy, Lambda
+from ..gates import Lambda
 from ..record import ExitRecord
 from .budgets import check_budget, largest_within
-from .confidence import MEASURES, confidence
+from .confidence import CalibratedConfidence
 
 
-class ConfidenceThreshold(ExitPolicy):
+class ConfidenceThreshold(CalibratedConfidence):
     """Leaves at the first exit whose confidence, after its temperature, exceeds ``threshold``.
 
     Args:
@@ -27,16 +27,8 @@ class ConfidenceThreshold(ExitPolicy):
     """
 
     def __init__(self, temperatures: Tensor, threshold: float | Tensor, measure: str = "max_probability"):
-        super().__init__(len(temperatures))
-        if measure not in MEASURES:
-            raise ValueError(f"Expected a measure among {MEASURES}, but got {measure!r}.")
-        self.measure = measure
-        self.register_buffer("temperatures", temperatures)
+        super().__init__(temperatures, measure)
         self.register_buffer("threshold", torch.as_tensor(threshold, dtype=temperatures.dtype))
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"measure": self.measure}
 
     @classmethod
     def blank(cls, num_exits: int, num_labels: int, measure: str = "max_probability") -> ConfidenceThreshold:
@@ -61,18 +53,10 @@ class ConfidenceThreshold(ExitPolicy):
         )
         return policy
 
-    def confidence(self, logits: Tensor) -> Tensor:
-        """``(N, L, K)`` to calibrated confidences ``(N, L)``."""
-        return confidence((logits / self.temperatures[:, None]).softmax(-1), self.measure)
-
     def step(self, l: int, logits: Tensor, carry: Any = None, lam: Lambda = None) -> tuple[Tensor, Any]:
         if l == self.num_exits - 1:
             return torch.ones_like(logits[:, 0], dtype=torch.bool), None
-        return confidence((logits / self.temperatures[l]).softmax(-1), self.measure) > self.threshold, None
+        return self.confidence_at(l, logits) > self.threshold, None
 
     def decide(self, logits: Tensor, lam: Lambda = None) -> Tensor:
         return exit_decision(self.confidence(logits), self.threshold)
-
-    def mul_adds(self, num_labels: int) -> int:
-        """A temperature and a maximum over K classes."""
-        return 2 * num_labels
