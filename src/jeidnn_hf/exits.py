@@ -11,6 +11,7 @@ The three gate forms share one recursion over the remaining mass ``r_l = 1 - sum
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 GATE_FORMS = ("min", "cumulative", "stick")
@@ -68,6 +69,19 @@ def _masses(gates: Tensor, form: str) -> tuple[Tensor, Tensor]:
 def exit_distribution(gates: Tensor, form: str = "min") -> Tensor:
     """P(G=l | x), Eq. 7-8 for ``form="min"``: gates ``(..., L-1)`` to a distribution ``(..., L)`` that sums to 1."""
     return _masses(gates, form)[0]
+
+
+def exit_log_distribution(gate_logits: Tensor) -> Tensor:
+    """log P(G=l) for ``form="stick"`` from the gates before their sigmoid, ``(..., L-1)`` to ``(..., L)``::
+
+        log P(G=l) = log sigmoid(a^l) + sum_{j<l} log sigmoid(-a^j),    a^L = infinity
+
+    Finite, with a finite gradient, also where a gate is open or shut for sure.
+    """
+    certain = torch.zeros_like(gate_logits[..., :1])
+    leave = torch.cat([F.logsigmoid(gate_logits), certain], -1)
+    arrive = torch.cat([certain, F.logsigmoid(-gate_logits).cumsum(-1)], -1)
+    return leave + arrive
 
 
 def exit_probability(gates: Tensor, form: str = "min") -> Tensor:

@@ -55,6 +55,15 @@ def expected_cost(cost: Tensor, distribution: Tensor) -> Tensor:
     return (cost * distribution).sum(-1).mean()
 
 
+def mixture_cost(task: Tensor, log_distribution: Tensor) -> Tensor:
+    """Cross-entropy of the answers mixed by P(G), ``-log sum_l P(G=l) p^l[y]`` (Scardapane et al. 2020), ``(B,)``.
+
+    Args:
+        task: cross-entropies ``(B, L)``; log_distribution: log P(G=l), ``(B, L)``.
+    """
+    return -(log_distribution - task).logsumexp(-1)
+
+
 def warmup_loss(task: Tensor, lr0: float = 1.0) -> Tensor:
     """Eq. 17 summed over the L-1 trained exits: ``sum_l (L - l) lr0 mean_i CE^l_i``.
 

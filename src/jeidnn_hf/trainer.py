@@ -37,11 +37,11 @@ METHOD_NAME = "im_training.safetensors"
 _PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
-def phase_at(step: int, warmup_steps: int, bi_switch: int) -> Phase:
-    """The phase of an optimizer step, counted from 0."""
-    if step < warmup_steps:
+def phase_at(step: int, warmup_steps: int, bi_switch: int, turns: tuple[Phase, ...] = (Phase.GATE, Phase.IM)) -> Phase:
+    """The phase of an optimizer step, counted from 0; no turns: all of the warm-up."""
+    if step < warmup_steps or not turns:
         return Phase.WARMUP
-    return Phase.GATE if (step - warmup_steps) // bi_switch % 2 == 0 else Phase.IM
+    return turns[(step - warmup_steps) // bi_switch % len(turns)]
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
@@ -100,7 +100,7 @@ class JEIDNNTrainer(Trainer):
         )
         if args.early_stopping_patience is not None:
             self.add_callback(_PatientAfterWarmup(args.early_stopping_patience, self))
-        self.im_training = method(args, model.backbone.num_exits).to(args.device)
+        self.im_training = method(args, model.backbone.num_exits, model.heads.native_head).to(args.device)
         self._weighed_epoch = -1
 
     # The alternation.
@@ -116,9 +116,8 @@ class JEIDNNTrainer(Trainer):
         return self._phase_of(self.state.global_step - 1)
 
     def _phase_of(self, step: int) -> Phase:
-        if not self.im_training.alternates:
-            return Phase.WARMUP
-        return phase_at(step, round(self.args.warmup_epochs * self._steps_per_epoch), self.args.bi_switch)
+        warmup_steps = round(self.args.warmup_epochs * self._steps_per_epoch)
+        return phase_at(step, warmup_steps, self.args.bi_switch, self.im_training.turns)
 
     @property
     def _steps_per_epoch(self) -> int:
@@ -131,6 +130,7 @@ class JEIDNNTrainer(Trainer):
             self._weigh_classes()
         inputs = self._prepare_inputs(inputs)
         inputs.pop("index", None)
+        self.im_training.learning_rate = self.optimizer.param_groups[0]["lr"]
         with self.compute_loss_context_manager():
             loss = model(**inputs, objective=partial(self.im_training.loss, phase=phase))
         loss = loss / self.current_gradient_accumulation_steps
@@ -267,7 +267,7 @@ class JEIDNNTrainer(Trainer):
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         """The best state is looked for once there are trained gates to realise a cost."""
-        if self.im_training.alternates and self.last_phase is Phase.WARMUP:
+        if self.im_training.turns and self.last_phase is Phase.WARMUP:
             return False
         return super()._determine_best_metric(metrics, trial)
 
@@ -339,7 +339,7 @@ class _PatientAfterWarmup(EarlyStoppingCallback):
         self._trainer = trainer
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        if not self._trainer.im_training.alternates or self._trainer.last_phase is not Phase.WARMUP:
+        if not self._trainer.im_training.turns or self._trainer.last_phase is not Phase.WARMUP:
             super().on_evaluate(args, state, control, metrics, **kwargs)
 
 

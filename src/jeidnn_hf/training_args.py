@@ -10,6 +10,8 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from .im_training import IM_TRAININGS
+from .im_training.diffbranch import MIXTURES
+from .im_training.l2w_den import CENTERS
 from .objectives import GATE_TARGETS
 
 TRAINING_RECIPES: dict[str, dict[str, Any]] = {
@@ -49,6 +51,8 @@ _CHOICES = {
     "gates_on": ("train", "validation"),
     "gate_objective": ("surrogate", "expected_cost"),
     "gate_targets": GATE_TARGETS,
+    "mixture": MIXTURES,
+    "l2w_center": CENTERS,
 }
 
 
@@ -80,6 +84,11 @@ class JEIDNNTrainingArguments(TrainingArguments):
     imbalance_low: float = field(default=0.2, metadata={"help": "Smallest weight of a gate's positives."})
     imbalance_high: float = field(default=5.0, metadata={"help": "Largest weight of a gate's positives."})
     full_gradient: bool = field(default=False, metadata={"help": "JEI-DNN-FULL, Eq. 28-29."})
+    mixture: str = field(default="probabilities", metadata={"help": "diffbranch: what is mixed; or losses, Eq. 6."})
+    l2w_epsilon: float = field(default=0.8, metadata={"help": "l2w_den: how far weights can be from 1."})
+    l2w_center: str = field(default="col", metadata={"help": "l2w_den: where weights average 1, col or mat."})
+    l2w_interval: int = field(default=1, metadata={"help": "l2w_den: batches from one meta step to the next."})
+    l2w_ratio: float = field(default=0.75, metadata={"help": "l2w_den: p, as exit l is meant for a share ~ p^l."})
     gate_steps: int = field(default=800, metadata={"help": "Full-batch steps of the gates fitted on validation."})
     ensemble_pull: float = field(default=0.3, metadata={"help": "Pull of the ensemble towards the identity."})
     early_stopping_patience: int | None = field(
@@ -104,6 +113,9 @@ class JEIDNNTrainingArguments(TrainingArguments):
         for name in ("bi_switch", "gate_steps", "num_train_epochs"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Expected {name} to be positive, but got {getattr(self, name)}.")
+        if not (self.l2w_epsilon >= 0 and self.l2w_ratio > 0 and self.l2w_interval >= 1):
+            got = f"{self.l2w_epsilon}, {self.l2w_ratio}, {self.l2w_interval}"
+            raise ValueError(f"Expected l2w_epsilon >= 0, l2w_ratio > 0 and l2w_interval >= 1, but got {got}.")
         if self.warmup_epochs < 0:
             raise ValueError(f"Expected warmup_epochs not to be negative, but got {self.warmup_epochs}.")
         if not 0 <= self.imbalance_low <= self.imbalance_high:

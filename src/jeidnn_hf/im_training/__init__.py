@@ -1,7 +1,9 @@
 """Ways to train inference modules, one file each, behind one interface."""
 
 from .base import IMTraining, Phase
+from .diffbranch import DiffBranch
 from .jeidnn import JEIDNN
+from .l2w_den import L2WDEN
 from .plain import Plain
 
 __all__ = ["IM_TRAININGS", "IMTraining", "Phase"]
@@ -9,4 +11,6 @@ __all__ = ["IM_TRAININGS", "IMTraining", "Phase"]
 IM_TRAININGS: dict[str, type[IMTraining]] = {
     "plain": Plain,
     "jeidnn": JEIDNN,
+    "diffbranch": DiffBranch,
+    "l2w_den": L2WDEN,
 }

@@ -20,6 +20,7 @@ class Phase(IntEnum):
     WARMUP = 0
     GATE = 1
     IM = 2
+    JOINT = 3
 
 
 class IMTraining(nn.Module):
@@ -29,17 +30,20 @@ class IMTraining(nn.Module):
     Args:
         args: those of the trainer.
         num_exits: L of the model.
+        native_head: whether the last exit is the backbone's own classifier, which no one trains.
 
     ``trains_gates``: whether the loss moves the gates too; else they are fitted afterwards, on held-out answers.
-    ``alternates``: whether steps have phases (Algorithm 1); else every step is one of the warm-up.
+    ``turns``: the phases at which steps take turns after the warm-up; where there are none, every step is one of it.
+    ``learning_rate``: that of the IMs in the coming step; the trainer sets it.
     """
 
     trains_gates = False
-    alternates = False
+    turns: tuple[Phase, ...] = ()
+    learning_rate: float
 
-    def __init__(self, args: JEIDNNTrainingArguments, num_exits: int):
+    def __init__(self, args: JEIDNNTrainingArguments, num_exits: int, native_head: bool = True):
         super().__init__()
-        self.args, self.num_exits = args, num_exits
+        self.args, self.num_exits, self.native_head = args, num_exits, native_head
 
     @classmethod
     def check(cls, config: JEIDNNConfig) -> None:

@@ -19,7 +19,7 @@ class JEIDNN(Plain):
     is divided by 1 + lambda: one training serves the whole range."""
 
     trains_gates = True
-    alternates = True
+    turns = Phase.GATE, Phase.IM
 
     def __init__(self, *args):
         super().__init__(*args)
