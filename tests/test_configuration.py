@@ -63,6 +63,9 @@ def test_recipes_do_not_share_their_lists():
             "exit_stages": [1, 5],
             "exit_pooling": [["cls", "avg2"]],
             "head_dim": 9,
+            "ensemble": False,
+            "cascade": True,
+            "boosting": 0.5,
             "exit_rule": "median",
             "exit_threshold": 0.25,
             "mul_adds": {"backbone": [10, 20], "pooling": [0, 0], "heads": [1, 1], "gates": [2, 2]},
@@ -130,6 +133,17 @@ def test_a_newer_format_is_refused(tmp_path, version):
         (
             {"problem_type": "regression", "recipe": "paper", "num_labels": 0},
             r"^Expected num_labels of at least 1, but got 0\.$",
+        ),
+        *(
+            ({"boosting": value, "ensemble": False}, rf"^Expected boosting in \[0, 1\], or None, but got {value!r}\.$")
+            for value in (-0.1, 1.5, math.nan, "0.5")
+        ),
+        ({"boosting": True, "ensemble": False}, r"^Expected boosting to be float \| None, but got True\.$"),
+        ({"boosting": 0.5}, r"^Expected ensemble=False with boosting=0\.5, but got ensemble=True; .*ensemble=False"),
+        ({"cascade": 1}, r"^Expected cascade to be bool, but got 1\.$"),
+        (
+            {"problem_type": "regression", "recipe": "paper", "num_labels": 1, "cascade": True},
+            r"^Expected cascade=False for num_labels=1, but got cascade=True; it normalises",
         ),
         (
             {"num_labels": 3, "id2label": {0: "cat", 1: "dog"}},

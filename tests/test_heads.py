@@ -23,10 +23,12 @@ def seeded():
     torch.manual_seed(0)
 
 
-def heads_of(kind: str, ensemble: bool = False, standardize: bool = False, native: bool = True) -> ExitHeads:
+def heads_of(
+    kind: str, ensemble: bool = False, standardize: bool = False, native: bool = True, **options
+) -> ExitHeads:
     """Heads in float64 at four exits, nothing at its starting value."""
     dims = (*DIMS, CLASSES if native else 3)
-    heads = ExitHeads(dims, CLASSES, kind, HIDDEN, native, ensemble, standardize).double()
+    heads = ExitHeads(dims, CLASSES, kind, HIDDEN, native, ensemble, standardize, **options).double()
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     if ensemble:
@@ -245,3 +247,95 @@ def test_one_exit_is_the_native_classifier(ensemble):
 def test_unknown_kind():
     with pytest.raises(ValueError, match=r"Expected exit_head to be one of .*'mlp'.*, but got 'conv'"):
         ExitHeads((2, 2), 2, kind="conv")
+
+
+# ---- what an exit reuses of the answers before
+
+
+reuse = pytest.mark.parametrize(
+    "options",
+    [
+        {"cascade": True},
+        {"cascade": True, "ensemble": True, "standardize": True},
+        {"boosting": 0.5},
+        {"boosting": 0.5, "cascade": True},
+    ],
+    ids=["cascade", "ztw", "boosted", "boosted cascade"],
+)
+
+
+@natives
+@reuse
+@kinds
+def test_step_by_step_is_the_scan_with_earlier_answers(kind, options, native):
+    heads, features = heads_of(kind, native=native, **options), features_of(native)
+    logits, rows, carry = heads(features), torch.arange(SAMPLES), None
+    for l, keep in enumerate([[8, 0, 1, 5, 3], [0, 3, 4], [2, 1], [0, 1]]):
+        answers, carry = heads.step(l, features[l][rows], carry)
+        close(answers, logits[rows, l])
+        rows, carry = select((rows, carry), torch.tensor(keep))
+    assert rows.tolist() == [3, 5]
+
+
+@natives
+def test_boosted_answers_by_hand(native):
+    heads, features = heads_of("linear", native=native, boosting=0.5), features_of(native)
+    own, answers = heads.members(features), heads(features)
+    close(answers[:, 0], own[:, 0])
+    close(answers[:, 1], own[:, 1] + own[:, 0] / 2)
+    close(answers[:, 2], own[:, 2] + own[:, 1] / 2 + own[:, 0] / 4)
+    close(answers[:, 3], own[:, 3] + own[:, 2] / 2 + own[:, 1] / 4 + own[:, 0] / 8)
+    close(own[:, 1], features[1] @ heads.modules_by_exit[1].weight.T + heads.modules_by_exit[1].bias)
+    heads.boosting = 0.0
+    assert torch.equal(heads(features), own)
+
+
+@pytest.mark.parametrize("options", [{"cascade": True}, {"boosting": 0.5}], ids=["cascade", "boosted"])
+def test_no_gradient_goes_back_to_the_exits_before(options):
+    heads, features = heads_of("linear", **options), features_of()
+    heads(features)[:, 2].square().sum().backward()
+    assert heads.modules_by_exit[2].weight.grad.abs().max() > 0
+    for l in (0, 1):
+        gradient = heads.modules_by_exit[l].weight.grad
+        assert gradient is None or gradient.abs().max() == 0
+
+
+@natives
+def test_cascade_by_hand(native):
+    heads, features = heads_of("linear", native=native, cascade=True), features_of(native)
+    own = heads.members(features).detach()
+    for l, module in enumerate(heads.modules_by_exit):
+        w, read = arrays_of(module), features[l].numpy()
+        if l:
+            link, previous = arrays_of(heads.links[l - 1]), own[:, l - 1].numpy()
+            centred = previous - previous.mean(1, keepdims=True)
+            normal = centred / np.sqrt((centred**2).mean(1, keepdims=True) + 1e-5)
+            read = np.concatenate([read, normal * link["weight"] + link["bias"]], axis=1)
+        close(own[:, l], read @ w["weight"].T + w["bias"])
+    assert len(heads.links) == len(heads.modules_by_exit) - 1
+    if native:
+        close(own[:, 3], features[3])
+
+
+def test_links_are_trained_with_their_heads():
+    heads = heads_of("mlp", cascade=True, ensemble=True)
+    trained = [*heads.modules_by_exit.parameters(), *heads.links.parameters()]
+    assert set(map(id, heads.member_parameters())) == set(map(id, trained)) and len(trained) == 3 * 4 + 2 * 2
+
+
+@natives
+def test_mul_adds_of_earlier_answers(native):
+    """A link: K inputs more to a linear layer, and a LayerNorm of 5 K; boosting: K, after the first exit."""
+    choices = {}, {"cascade": True}, {"boosting": 0.5}
+    plain, cascade, boosted = (heads_of("linear", native=native, **options) for options in choices)
+    linked = [0, 1, 1, 0 if native else 1]
+    for l in range(4):
+        assert cascade.mul_adds(l) - plain.mul_adds(l) == linked[l] * (CLASSES**2 + 5 * CLASSES)
+        assert boosted.mul_adds(l) - plain.mul_adds(l) == (CLASSES if l else 0)
+
+
+def test_what_is_not_read_is_not_carried():
+    z = features_of()[0]
+    assert heads_of("linear", cascade=True).step(0, z)[1].boosted is None
+    carry = heads_of("linear", boosting=0.5).step(0, z)[1]
+    assert carry.own is None and carry.boosted.shape == (SAMPLES, CLASSES)

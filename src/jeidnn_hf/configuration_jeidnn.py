@@ -67,6 +67,10 @@ class JEIDNNConfig(PreTrainedConfig):
             one per exit but the last; or `"plain"` or `"rich"`, see `backbones.staged.StagedBackbone`.
         exit_head (`str`): `linear`, `mlp` or `recurrent`, the latter two `head_dim` wide.
         ensemble (`bool`): answer with the learned geometric ensemble of the exits so far.
+        cascade (`bool`): each IM also reads what the one before answered; with an ensemble that is Zero Time Waste, see
+            `heads`.
+        boosting (`float`, *optional*): in [0, 1]: every exit adds this share of the answer before to its own logits
+            (0.5 in BoostedNet), which wants `im_training="boosted"` and `ensemble=False`. None: each answers alone.
         standardize_features (`bool`): standardise exit features by the training set's mean and deviation.
         policy (`str`): who leaves where, one of `policies.POLICIES`; `gates`, or one fitted to a budget, see
             `set_policy`.
@@ -103,6 +107,8 @@ class JEIDNNConfig(PreTrainedConfig):
     exit_head: str | None = None
     head_dim: int = 128
     ensemble: bool | None = None
+    cascade: bool = False
+    boosting: float | None = None
     standardize_features: bool | None = None
     policy: str = "gates"
     policy_options: dict | None = None
@@ -164,6 +170,15 @@ class JEIDNNConfig(PreTrainedConfig):
                 f"Expected ensemble=False for problem_type={self.problem_type!r}, but got ensemble={self.ensemble!r}; "
                 "it combines log-probabilities of classes."
             )
+        if self.boosting is not None and not (isinstance(self.boosting, Real) and 0 <= self.boosting <= 1):
+            raise ValueError(f"Expected boosting in [0, 1], or None, but got {self.boosting!r}.")
+        if self.boosting is not None and self.ensemble:
+            raise ValueError(
+                f"Expected ensemble=False with boosting={self.boosting!r}, but got ensemble=True; boosted exits are an "
+                "ensemble already, so set ensemble=False, or boosting=None."
+            )
+        if self.cascade and self.num_labels < 2:
+            raise ValueError("Expected cascade=False for num_labels=1, but got cascade=True; it normalises the logits.")
         _check_one_of("exit_head", self.exit_head, HEADS)
         _check_one_of("gate", self.gate, GATES)
         _check_one_of("gate_form", self.gate_form, GATE_FORMS)

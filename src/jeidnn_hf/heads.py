@@ -2,6 +2,11 @@
 
 ``heads.step(l, z, carry)`` gives the logits of exit l and what it hands to exit l+1; ``heads(features)`` is the scan.
 Where the backbone keeps its native classifier, the last exit's feature is already its logits and passes unchanged.
+
+IMs of every kind can reuse what the exits before answered, by ``cascade`` and ``ensemble`` (together the whole of Zero
+Time Waste, Wolczyk et al., NeurIPS 2021, whose IMs are trained plainly) or by ``boosting`` (BoostedNet, Yu et al., AAAI
+2023). With o^l for the own logits of exit l, the network answers with o^l, with their ensemble, or boosted with
+``F^l = o^l + boosting F^{l-1}``.
 """
 
 from __future__ import annotations
@@ -16,10 +21,13 @@ HEADS = ("linear", "mlp", "recurrent")
 
 
 class Carry(NamedTuple):
-    """What exit l hands to exit l+1: the recurrent state ``(B, H)`` and the log-probabilities so far ``(B, l, K)``."""
+    """What exit l hands to exit l+1, each only where it is read: the recurrent state ``(B, H)``, the log-probabilities
+    so far ``(B, l, K)``, its own logits o^l and its boosted ones F^l, ``(B, K)`` each."""
 
     hidden: Tensor | None = None
     log_probs: Tensor | None = None
+    own: Tensor | None = None
+    boosted: Tensor | None = None
 
 
 class Standardize(nn.Module):
@@ -153,6 +161,9 @@ class ExitHeads(nn.Module):
         native_head: the last exit's feature is its logits, so no IM is trained there.
         ensemble: combine the exits so far; fitted after the IMs, on held-out data.
         standardize: standardise the features first (``set_feature_statistics``).
+        cascade: every trained exit but the first reads ``[z_l, LayerNorm(o^{l-1})]``. No gradient goes back that way.
+        boosting: the share of F^{l-1} that exit l adds to its own logits, 0.5 published, in the place of an ensemble.
+            It is detached: an exit learns what the ones before leave over. None: each exit answers alone.
     """
 
     def __init__(
@@ -164,48 +175,68 @@ class ExitHeads(nn.Module):
         native_head: bool = True,
         ensemble: bool = False,
         standardize: bool = False,
+        cascade: bool = False,
+        boosting: float | None = None,
     ):
         super().__init__()
         trained = list(exit_dims[:-1] if native_head else exit_dims)
-        self.num_exits, self.native_head = len(exit_dims), native_head
+        self.num_exits, self.num_labels, self.native_head = len(exit_dims), num_labels, native_head
+        self.boosting = boosting
         self.norms = nn.ModuleList(Standardize(d) for d in trained) if standardize else None
-        self.modules_by_exit = nn.ModuleList(_head(kind, d, num_labels, head_dim, not l) for l, d in enumerate(trained))
+        self.links = nn.ModuleList(nn.LayerNorm(num_labels) for _ in trained[1:]) if cascade else None
+        read = [d + num_labels if cascade and l else d for l, d in enumerate(trained)]
+        self.modules_by_exit = nn.ModuleList(_head(kind, d, num_labels, head_dim, not l) for l, d in enumerate(read))
         self.ensemble = GeometricEnsemble(len(exit_dims), num_labels) if ensemble else None
 
     def step(self, l: int, z: Tensor, carry: Carry | None = None) -> tuple[Tensor, Carry]:
         """Exit l (0-based): feature ``(B, d_l)`` and carry to logits ``(B, K)`` and the next carry."""
         carry = carry or Carry()
-        logits, hidden = self._member(l, z, carry.hidden)
+        logits, hidden = self._member(l, z, carry.hidden, carry.own)
+        own = None if self.links is None else logits
+        if self.boosting is not None:
+            logits = self._boosted(logits, carry.boosted)
+            return logits, Carry(hidden, own=own, boosted=logits)
         if self.ensemble is None:
-            return logits, Carry(hidden)
+            return logits, Carry(hidden, own=own)
         log_probs = self.ensemble.log_probs(l, logits)[:, None]
         if carry.log_probs is not None:
             log_probs = torch.cat([carry.log_probs, log_probs], dim=1)
-        return self.ensemble.combine(l, log_probs), Carry(hidden, log_probs)
+        return self.ensemble.combine(l, log_probs), Carry(hidden, log_probs, own)
 
     def members(self, features: Sequence[Tensor]) -> Tensor:
-        """Every exit's own logits ``(B, L, K)``, before the ensemble: what the IMs are trained on."""
+        """Every exit's own logits o^l, ``(B, L, K)``, before ensemble and boosting."""
         logits, hidden = [], None
         for l, z in enumerate(features):
-            exit_logits, hidden = self._member(l, z, hidden)
-            logits.append(exit_logits)
+            own, hidden = self._member(l, z, hidden, logits[-1] if logits else None)
+            logits.append(own)
         return torch.stack(logits, dim=1)
 
+    def answers(self, members: Tensor) -> Tensor:
+        """The exits' own logits to those that the network answers with, ``(B, L, K)`` each."""
+        if self.boosting is None:
+            return members if self.ensemble is None else self.ensemble(members)
+        boosted = []
+        for own in members.unbind(1):
+            boosted.append(self._boosted(own, boosted[-1] if boosted else None))
+        return torch.stack(boosted, dim=1)
+
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Features of all exits to the logits ``(B, L, K)`` that the exits answer with."""
-        logits = self.members(features)
-        return logits if self.ensemble is None else self.ensemble(logits)
+        """Features of all exits to the logits ``(B, L, K)`` that the network answers with."""
+        return self.answers(self.members(features))
 
     def member_parameters(self) -> list[nn.Parameter]:
         """The IMs' own parameters, without the ensemble's."""
-        return list(self.modules_by_exit.parameters())
+        links = [] if self.links is None else self.links.parameters()
+        return [*self.modules_by_exit.parameters(), *links]
 
     def mul_adds(self, l: int) -> int:
-        """Mul-Adds of exit l alone: standardisation, IM and ensemble."""
+        """Mul-Adds of exit l alone: standardisation, IM with its link (5 K for a LayerNorm), ensemble or boosting."""
         count = self.ensemble.mul_adds(l) if self.ensemble is not None else 0
+        count += self.num_labels if self.boosting is not None and l else 0
         if l < len(self.modules_by_exit):
             count += self.modules_by_exit[l].mul_adds
             count += len(self.norms[l].mean) if self.norms is not None else 0
+            count += 5 * self.num_labels if self.links is not None and l else 0
         return count
 
     @torch.no_grad()
@@ -217,12 +248,20 @@ class ExitHeads(nn.Module):
             norm.mean.copy_(mean)
             norm.std.copy_(std.clamp_min(1e-6))
 
-    def _member(self, l: int, z: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _member(
+        self, l: int, z: Tensor, hidden: Tensor | None, previous: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         if l == len(self.modules_by_exit):
             return z, hidden
         if self.norms is not None:
             z = self.norms[l](z)
+        if self.links is not None and l:
+            z = torch.cat([z, self.links[l - 1](previous.detach())], dim=-1)
         return self.modules_by_exit[l](z, hidden)
+
+    def _boosted(self, own: Tensor, before: Tensor | None) -> Tensor:
+        """F^l of o^l and F^{l-1}, which is None, for 0, at the first exit."""
+        return own if before is None else own + self.boosting * before.detach()
 
 
 def _head(kind: str, dim: int, num_labels: int, head_dim: int, is_first: bool) -> nn.Module:

@@ -88,6 +88,8 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
             native_head=config.native_head,
             ensemble=config.ensemble,
             standardize=config.standardize_features,
+            cascade=config.cascade,
+            boosting=config.boosting,
         )
         self.policy = build_policy(config, num_exits)
         self._count_costs()

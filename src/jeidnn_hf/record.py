@@ -28,7 +28,7 @@ def collect_logits(model, images: Dataset, batch_size: int = 512, members: bool 
     Processes that train together take turns at the batches and all get all answers, those of one process to the bit,
     so all of them have to call this.
 
-    ``members``: the IMs' own logits, before the ensemble.
+    ``members``: the IMs' own logits, before ensemble and boosting.
     """
     answer = model.heads.members if members else model.heads
     together = dist.is_available() and dist.is_initialized()

@@ -210,11 +210,10 @@ class JEIDNNTrainer(Trainer):
         model, args = self.model, self.args
         device = next(model.heads.parameters()).device
         members, labels = (tensor.to(device) for tensor in collect_logits(model, self.eval_dataset, members=True))
-        logits = members
         if model.heads.ensemble is not None:
             fit_ensemble(model.heads.ensemble, members, labels, pull=args.ensemble_pull)
-            with torch.no_grad():
-                logits = model.heads.ensemble(members)
+        with torch.no_grad():
+            logits = model.heads.answers(members)
         losses = fit_gates(
             model.policy, logits, labels, model.normalised_mul_adds, model.config.lam,
             kind=model.config.task_cost, steps=args.gate_steps, seed=args.seed,

@@ -89,6 +89,8 @@ class JEIDNNTrainingArguments(TrainingArguments):
     l2w_center: str = field(default="col", metadata={"help": "l2w_den: where weights average 1, col or mat."})
     l2w_interval: int = field(default=1, metadata={"help": "l2w_den: batches from one meta step to the next."})
     l2w_ratio: float = field(default=0.75, metadata={"help": "l2w_den: p, as exit l is meant for a share ~ p^l."})
+    distillation_weight: float = field(default=0.1, metadata={"help": "imta: gamma, the share of the distillation."})
+    distillation_temperature: float = field(default=1.0, metadata={"help": "imta: T of student and teacher."})
     gate_steps: int = field(default=800, metadata={"help": "Full-batch steps of the gates fitted on validation."})
     ensemble_pull: float = field(default=0.3, metadata={"help": "Pull of the ensemble towards the identity."})
     early_stopping_patience: int | None = field(
@@ -110,7 +112,9 @@ class JEIDNNTrainingArguments(TrainingArguments):
             raise ValueError(f"Expected gates_on='validation', but got 'train': {self.im_training} trains no gates.")
         if self.warmup_epochs is None:
             self.warmup_epochs = max(1, round(self.num_train_epochs / 3))
-        for name in ("bi_switch", "gate_steps", "num_train_epochs"):
+        if not 0 <= self.distillation_weight <= 1:
+            raise ValueError(f"Expected distillation_weight in [0, 1], but got {self.distillation_weight}.")
+        for name in ("bi_switch", "gate_steps", "num_train_epochs", "distillation_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Expected {name} to be positive, but got {getattr(self, name)}.")
         if not (self.l2w_epsilon >= 0 and self.l2w_ratio > 0 and self.l2w_interval >= 1):

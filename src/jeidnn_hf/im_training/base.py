@@ -47,7 +47,12 @@ class IMTraining(nn.Module):
 
     @classmethod
     def check(cls, config: JEIDNNConfig) -> None:
-        """A ValueError where a model of this config cannot be trained so."""
+        """A ValueError where a model of this config cannot be trained so: by default, one whose exits are boosted."""
+        if config.boosting is not None:
+            raise ValueError(
+                f"Expected im_training='boosted' for a model with boosting={config.boosting!r}, but got "
+                f"{cls.__name__}, which trains every IM as if it answered alone; or build it with boosting=None."
+            )
 
     def loss(
         self, model: JEIDNNForImageClassification, features: Sequence[Tensor], labels: Tensor, phase: Phase
