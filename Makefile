@@ -48,7 +48,7 @@ test-common: venv ## run transformers' own common model tests, which it download
 demo: venv ## train, evaluate and plot a small early-exit network; writes demo_output/
 	$(VENV)/bin/jeidnn demo --output_dir demo_output
 
-docs: venv ## build the documentation into site/, without the network; a warning fails it
+docs: venv ## build the documentation into site/; a warning fails it
 	@$(VENV)/bin/python -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || $(VENV)/bin/python -m pip install -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 

@@ -18,7 +18,7 @@ class JEIDNNPrediction(ModelOutput):
 
     Args:
         sets (`(B, K)` bool): whether a class is in the image's prediction set.
-        probabilities (`(B, K)`): of the exit taken, after its temperature.
+        probabilities: `(B, K)`, of the exit taken, after its temperature.
         logits: as in `JEIDNNOutput`; likewise the next two.
         exit_index: the exit taken.
         mul_adds: what the image cost.
