@@ -13,7 +13,7 @@ OMP_NUM_THREADS ?= 1
 PYTEST_ARGS     ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-common demo lint clean
+.PHONY: help venv test test-common demo docs lint clean
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -48,9 +48,13 @@ test-common: venv ## run transformers' own common model tests, which it download
 demo: venv ## train, evaluate and plot a small early-exit network; writes demo_output/
 	$(VENV)/bin/jeidnn demo --output_dir demo_output
 
+docs: venv ## build the documentation into site/; a warning fails it
+	@$(VENV)/bin/python -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || $(VENV)/bin/python -m pip install -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 lint: venv ## check style and imports with ruff
 	$(VENV)/bin/ruff check .
 
-clean: ## remove build leftovers, caches and demo_output; keeps the virtual environment
-	rm -rf build dist demo_output .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+clean: ## remove build leftovers, caches, site and demo_output; keeps the virtual environment
+	rm -rf build dist site demo_output .pytest_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

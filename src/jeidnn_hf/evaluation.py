@@ -36,8 +36,10 @@ class SetReport:
     """Conformal prediction sets at one alpha, found by one method.
 
     Args:
-        coverage, inefficiency: share of the true classes in the sets, mean size of a set (Eq. 2).
-        exit_coverage, exit_inefficiency: the same among the samples that leave at each exit; None where nobody does.
+        coverage: share of the true classes in the sets.
+        inefficiency: mean size of a set (Eq. 2).
+        exit_coverage: among the samples that leave at each exit; None where nobody does.
+        exit_inefficiency: likewise.
         class_coverage: among the samples of each class; None where there is none.
         thresholds: of each exit, +infinity as the string "inf".
         intervals: as of the EvaluationReport.
@@ -61,10 +63,17 @@ class EvaluationReport:
 
     Args:
         lam: lambda, or None for a policy that has none.
-        accuracy, nll, brier, ece: of the exits taken, probabilities after each exit's temperature; ece_raw: before.
-        mul_adds, normalised_mul_adds: mean per sample, in Mul-Adds and as a share of the bare backbone's.
+        accuracy: of the exits taken.
+        nll: of the exits taken, probabilities after each exit's temperature; likewise the next two.
+        brier: Brier score.
+        ece: expected calibration error.
+        ece_raw: ece before the temperatures.
+        mul_adds: mean per sample.
+        normalised_mul_adds: as a share of the bare backbone's.
         share_by_exit: of the samples that leave there.
-        exit_accuracy, exit_ece, exit_ece_raw: of every exit on all samples.
+        exit_accuracy: of every exit on all samples; likewise the next two.
+        exit_ece: after the temperatures.
+        exit_ece_raw: before them.
         exited_accuracy: on the samples that leave there; None where nobody does.
         conditional_accuracy: on the samples that the exit before gets right (Figure 20); None at the first exit.
         exit_mul_adds: what it costs to leave there, as a share of the backbone's.
@@ -73,9 +82,10 @@ class EvaluationReport:
         gate_auroc: of each gate value against "leaving here is cheapest"; None where undefined or without gates.
         reliability: bins of the diagram of the exits taken, see ``metrics.reliability_bins``.
         sets: conformal sets; empty without calibration data.
-        subsets, intervals: of accuracy, normalised_mul_adds, ece, nll and brier, their values on 10 disjoint, shuffled
-            subsets of the split, and the 95 % bootstrap interval of the mean over them (Section 5). Percentiles over
-            10 values cover about 90 %. The ECE of a tenth of the samples is larger than that of all of them.
+        subsets: of accuracy, normalised_mul_adds, ece, nll and brier, their values on 10 disjoint, shuffled subsets of
+            the split. The ECE of a tenth of the samples is larger than that of all of them.
+        intervals: the 95 % bootstrap interval of the mean over the subsets (Section 5). Percentiles over 10 values
+            cover about 90 %.
         images_per_second: measured ones, by the name of what was timed, where the caller gives them.
     """
 
@@ -166,7 +176,8 @@ def evaluate(
 
     Args:
         record: the test role's answers.
-        policy, lam: who leaves where.
+        policy: who leaves where.
+        lam: at which lambda; None for a policy that has none.
         point: temperatures and conformal thresholds for this policy and lambda, see ``OperatingPoint.fit``. Without
             it probabilities are uncalibrated and there are no sets.
         others: the records that ``point`` was fitted on; they must share no image with ``record``.

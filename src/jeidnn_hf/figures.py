@@ -39,7 +39,8 @@ def draw_figures(
     Args:
         curves: method -> seed -> reports, see ``reports.load_curves``; all on the same images.
         formats: of png and svg.
-        alpha, sets: the conformal sets that the figures and tables show.
+        alpha: of the conformal sets that the figures and tables show.
+        sets: the method of these sets.
         budgets: shares of the backbone's Mul-Adds: decompositions and reliability diagrams are drawn at each method's
             operating point nearest to each of them, what else is exit by exit at the middle one.
         backbone_accuracy: of the frozen backbone, a fraction.

@@ -17,7 +17,13 @@ class JEIDNNImageProcessor(BaseImageProcessor):
     transformers' own processors resize tensors, and round the sides of the resized picture and of the crop otherwise.
 
     Args:
-        size, crop_pct, interpolation, mean, std, channels, crop_mode: see `Preprocessing`.
+        size: side of the output in pixels; of this and the others see `Preprocessing`.
+        crop_pct: part of the resized side that the crop keeps.
+        interpolation: how it is resized.
+        mean: per channel.
+        std: per channel.
+        channels: 3 for RGB, 1 for grey.
+        crop_mode: "center" or "squash".
 
     Raises:
         ValueError: where one is out of range.

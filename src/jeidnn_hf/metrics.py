@@ -120,7 +120,9 @@ def accuracy_at_cost(costs: Tensor, accuracies: Tensor, budget: float) -> float:
     points that no cheaper point equals.
 
     Args:
-        costs, accuracies: ``(P,)`` of the points; budget in the same unit as the costs.
+        costs: of the points, ``(P,)``.
+        accuracies: of the points, ``(P,)``.
+        budget: in the unit of the costs.
 
     Returns:
         NaN below the cheapest point; the best accuracy above the dearest.

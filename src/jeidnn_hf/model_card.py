@@ -62,7 +62,8 @@ def write_card(
 
     Args:
         folder: of the saved model.
-        reports, point: see `build_card`.
+        reports: see `build_card`.
+        point: see `build_card`.
         output_dir: where to write; by default into ``folder``.
         others: further curves for the figure, method -> reports on the same images.
         backbone_accuracy: of the frozen backbone with its own classifier, a fraction, for the figure.
@@ -110,7 +111,8 @@ def build_card(
         name: of the checkpoint.
         reports: of the checkpoint's own gates, one per lambda.
         point: the checkpoint's operating point, with the conformal thresholds.
-        folder, repo_id: where it can be loaded from, for the code that the card shows; the repository if both.
+        folder: where it can be loaded from, for the code that the card shows.
+        repo_id: instead of the folder there.
         dataset: its short name or id of the Hub; by default that of the reports or of the operating point.
         training: settings to show, see `training_settings`.
         license: by default timm's for the backbone's weights, where they are of timm.

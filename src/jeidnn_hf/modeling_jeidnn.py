@@ -29,12 +29,12 @@ class JEIDNNOutput(ModelOutput):
     Args:
         loss: a scalar, the expected cost of Eq. 6, when labels are given: with cross-entropy, unless `problem_type`
             says otherwise.
-        logits (`(B, K)`): of the exit taken.
-        exit_index (`(B,)`): the exit taken, 0..L-1.
-        all_logits (`(B, L, K)`): of every exit, when every exit was evaluated; likewise the next two.
-        gate_values (`(B, L-1)`): g^l.
-        exit_distribution (`(B, L)`): P(G=l).
-        mul_adds (`(B,)`): what the sample cost, in Mul-Adds.
+        logits: `(B, K)`, of the exit taken.
+        exit_index: `(B,)`, the exit taken, 0..L-1.
+        all_logits: `(B, L, K)`, of every exit, when every exit was evaluated; likewise the next two.
+        gate_values: `(B, L-1)`, g^l.
+        exit_distribution: `(B, L)`, P(G=l).
+        mul_adds: `(B,)`, what the sample cost, in Mul-Adds.
         hidden_states: on request and from pixels, the L + 1 states before the first exit and at every exit.
     """
 

@@ -47,7 +47,8 @@ class OperatingPoint:
         score: the conformal score.
         thresholds: method -> alpha -> one threshold per exit; +infinity where too few samples were there.
         calibration_by_exit: number of calibration samples that leave at each exit.
-        validation, calibration: the images these came from.
+        validation: the images that temperatures and groups came from.
+        calibration: those that the thresholds came from.
         backbone: fingerprint of the backbone.
 
     Raises:

@@ -131,9 +131,11 @@ def load_source(
         streaming: read parquet from front to back, instead of first making the copy that is memory-mapped; each role
             and view is then one pass of ``feature_cache.cached_role``. See ``StreamedRows``.
         hub_config: configuration ("subset") of the Hub data set.
-        image_column, label_column: default, the data set's, or the only column of images or class labels.
-        train_split, test_split: default, the data set's, or "train" and the first of test, validation, val; a data
-            set without any of these has no "test".
+        image_column: default, the data set's, or the only column of images.
+        label_column: default, the data set's, or the only column of class labels.
+        train_split: default, the data set's, or "train".
+        test_split: default, the data set's, or the first of test, validation, val; a data set without any of these has
+            no "test".
 
     Raises:
         ValueError: unknown name; files, splits or columns not found; other classes than expected, or a label out of

@@ -115,8 +115,10 @@ def make_splits(
             Without "test", the test images are taken from "train".
         held_out: the source of validation and calibration: "train" as in the paper, "test" for a backbone that has
             seen all training images, or a third one.
-        validation, calibration: numbers of images.
-        test, train: numbers of images; None for all that are left of the source of that name.
+        validation: number of images.
+        calibration: number of images.
+        test: number of images; None for all that are left of the source of that name.
+        train: likewise.
         imbalance: IF >= 1 of a long tail: of the training images, class c = 0..K-1 keeps n IF^(-c / (K-1)), rounded
             down, where n is the smallest class's number of them. The other roles are left as they are, since coverage
             needs exchangeable images.

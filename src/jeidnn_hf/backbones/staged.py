@@ -46,7 +46,8 @@ class StagedBackbone(nn.Module):
 
     Args:
         model: the network; it is put in eval mode for good and its parameters no longer require gradients.
-        image_size, num_channels: side and channels of the square images that it takes.
+        image_size: side of the square images that it takes.
+        num_channels: their channels.
         exit_stages: the blocks, counted from 0, with an exit after them; rising, the last one included. Default: all.
         exit_pooling: statistics of an exit's feature map, one list for all exits or one list per exit but the last;
             ``"plain"``: the paper's, ``cls`` or ``avg1`` where there is no class token; ``"rich"``: ``avg4 max2`` on

@@ -22,7 +22,8 @@ class SurveyRow:
     """What became of one module's smallest model.
 
     Args:
-        module, model: timm's names.
+        module: timm's name of it.
+        model: timm's name of that model.
         view: the class that cuts it: of a family, or `TracedBackbone`; None where it is refused.
         exits: how many exits there are; 0 where it is refused.
         reason: why it is refused.

@@ -21,7 +21,7 @@ BATCHES = (2, 3)
 class Pieces(NamedTuple):
     """A forward cut behind some modules.
 
-    Args:
+    Attributes:
         names: the modules, in the order in which they run.
         functions: one from each cut, or the start, to the next: ``function(owner, *state)``, where ``owner.model`` is
             the network; each gives the state behind its module, a tuple of batch-first tensors, the last one the
