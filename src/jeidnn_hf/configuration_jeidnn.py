@@ -69,8 +69,8 @@ class JEIDNNConfig(PreTrainedConfig):
         exit_head: `linear`, `mlp` or `recurrent`, the latter two `head_dim` wide.
         ensemble: answer with the learned geometric ensemble of the exits so far.
         cascade: each IM also reads what the one before answered; with an ensemble that is Zero Time Waste, see `heads`.
-        boosting: in [0, 1]: every exit adds this share of the answer before to its own logits (0.5 in BoostedNet), which
-            wants `im_training="boosted"` and `ensemble=False`. None: each answers alone.
+        boosting: in [0, 1]: every exit adds this share of the answer before to its own logits (0.5 in BoostedNet),
+            which wants `im_training="boosted"` and `ensemble=False`. None: each answers alone.
         standardize_features: standardise exit features by the training set's mean and deviation.
         policy: who leaves where, one of `policies.POLICIES`; `gates`, or one fitted to a budget, see `set_policy`.
         policy_options: what such a policy was built with.
