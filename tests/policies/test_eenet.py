@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jeidnn_hf.policies import EENetScheduler, RandomExits
-from jeidnn_hf.policies.eenet import quotas_within
+from jeidnn_hf.policies.eenet import _Training, quotas_within
 from jeidnn_hf.policies.quota import leave_at, quota_thresholds
 from known_records import accuracy_of, cost_of, easy_and_hard, noise, record_with
 
@@ -58,6 +58,23 @@ def test_a_score_is_the_logistic_layer_written_out():
             scores.append(1 / (1 + math.exp(-total)))
         expected.append(scores)
     torch.testing.assert_close(policy.scores(record.logits).tolist(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [0.45, 0.7])
+def test_the_assignment_learns_the_budget_and_the_scores_are_those_of_the_policy(budget):
+    record = noise(300, 4)
+    torch.manual_seed(0)
+    parts, policy = _Training(EENetScheduler.features(record.logits), hidden=8), EENetScheduler(4, 5)
+    optimizer, costs = torch.optim.Adam(parts.parameters(), lr=0.05), torch.arange(1, 5) / 4
+    right = (record.logits.argmax(-1) == record.labels[:, None]).float()
+    for _ in range(100):
+        optimizer.zero_grad()
+        parts.loss(right, costs, budget, 1e-3, 1e-2).backward()
+        optimizer.step()
+    assert float(parts.quotas() @ costs) == pytest.approx(budget, rel=0.05)
+    parts.write_scores(policy)
+    torch.testing.assert_close(policy.scores(record.logits), parts()[1], rtol=1e-4, atol=1e-5)
+    assert policy.earlier.abs().max() > 0.1
 
 
 @pytest.mark.parametrize("budget", [0.25, 0.4, 0.9, 1.0])
