@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Stripes(torch.utils.data.Dataset):
-    """``count`` pictures, 3 x 16 x 16, of class 0 (level) or 1 (upright) in equal parts, their contrast drawn at random.
+    """``count`` pictures, 3 x 16 x 16, of class 0 (level) or 1 (upright) in equal parts, their contrast by chance.
 
     Attributes:
         pixel_values: ``(N, 3, 16, 16)``.

@@ -11,6 +11,7 @@ from torch import nn
 from jeidnn_hf import ExitRecord, JEIDNNForImageClassification, evaluate
 from jeidnn_hf.gates import ExitPolicy
 from jeidnn_hf.policies import POLICIES, ConfidenceThreshold, LearnedGates
+from known_records import accuracy_of, easy_and_hard
 from small_models import operating_point, pixels, record, small_model
 
 OPTIONS = {"gates": {"steps": 300}, "eenet": {"steps": 60}}
@@ -49,6 +50,21 @@ def test_the_mean_cost_is_within_the_budget(name, answers):
     tolerance = 0.05 if name == "random" else 1e-6  # a draw, whose mean is within
     assert all(cost <= budget + tolerance for cost, budget in zip(spent, (0.55, 0.75, 0.95), strict=True))
     assert spent == sorted(spent) and spent[-1] > spent[0]
+
+
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"patience", "random"}))
+@pytest.mark.parametrize("seed", [0, 1])
+def test_at_the_cost_of_the_easy_samples_just_those_leave(name, seed):
+    """Whatever goes by confidence finds the one policy that is always right at this cost."""
+    problem, easy = easy_and_hard(seed=seed)
+    options = {"eenet": {"steps": 100}}.get(name, OPTIONS.get(name, {}))
+    policy = POLICIES[name].fit(problem, budget=0.6 * 0.5 + 0.4 * 1 + 1e-6, **options)
+    chosen = policy.decide(problem.logits)
+    assert torch.equal(chosen == 0, easy)
+    assert accuracy_of(problem, chosen) == 1
+    fresh, easy = easy_and_hard(seed=seed + 10)
+    assert (policy.decide(fresh.logits)[~easy] == 1).all()
+    assert accuracy_of(fresh, policy.decide(fresh.logits)) == 1
 
 
 def test_one_exit_at_a_time_it_is_the_same_decision(name, answers):

@@ -135,6 +135,8 @@ def test_confidence_is_the_calibrated_maximum_and_the_inequality_strict():
 
 def test_cost_of_a_decision():
     assert ConfidenceThreshold(torch.ones(3), 0.5).mul_adds(10) == 20
+    assert ConfidenceThreshold(torch.ones(3), 0.5, "entropy").mul_adds(10) == 30
+    assert ConfidenceThreshold(torch.ones(3), 0.5, "margin").mul_adds(10) == 21
 
 
 def coloured(count: int) -> Tensor:

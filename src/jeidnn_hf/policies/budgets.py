@@ -9,12 +9,15 @@ from torch import Tensor
 
 from ..record import ExitRecord
 
+ROUNDING = 1e-6
+"""Of a cost in float32, as a model's buffers hold it."""
+
 
 def check_budget(record: ExitRecord, budget: float) -> Tensor:
     """The normalised costs, ``(L,)`` float64; a ValueError for a budget below the first exit's or above the last's."""
     costs = torch.tensor(record.costs.normalised, dtype=torch.float64, device=record.logits.device)
     low, high = float(costs[0]), max(1.0, float(costs[-1]))
-    if not low <= budget <= high:
+    if not low * (1 - ROUNDING) <= budget <= high * (1 + ROUNDING):
         raise ValueError(
             f"Expected a budget in [{low:.3f}, {high:.3f}], from the first exit to the last, but got {budget}."
         )

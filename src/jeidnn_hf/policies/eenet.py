@@ -58,9 +58,9 @@ class EENetScheduler(ExitPolicy):
         *,
         budget: float,
         steps: int = 300,
-        learning_rate: float = 0.02,
+        learning_rate: float = 0.05,
         weight_decay: float = 0.1,
-        hidden: int = 32,
+        hidden: int = 16,
         kl_weight: float = 1e-3,
         cost_weight: float = 1e-2,
         seed: int = 0,
@@ -91,10 +91,10 @@ class EENetScheduler(ExitPolicy):
             parts = _Training(policy.features(record.logits.to(policy.bias.dtype)).detach(), hidden)
         optimizer = torch.optim.AdamW(parts.parameters(), lr=learning_rate, weight_decay=weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        correct, shares_of_cost = right.to(policy.bias.dtype), costs.to(policy.bias.dtype)
+        correct, float_costs = right.to(policy.bias.dtype), costs.to(policy.bias.dtype)
         best, best_state = (-1.0,), {}
         for step in range(1, steps + 1):
-            loss = parts.loss(correct, shares_of_cost, budget, kl_weight, cost_weight)
+            loss = parts.loss(correct, float_costs, budget, kl_weight, cost_weight)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -187,34 +187,35 @@ class _Training(nn.Module):
         self.hidden_earlier = parameter(exits, exits, hidden)
         self.out, self.out_bias = parameter(exits, hidden), parameter(exits)
 
-    def loss(self, correct: Tensor, costs: Tensor, budget: float, kl_weight: float, cost_weight: float) -> Tensor:
-        """Cross-entropy of q, its samples weighted by pi at each exit, and what pi strives for."""
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of q, q itself without gradient, and log pi, ``(N, L)`` each."""
         from_features = torch.bmm(self.inputs, self.weight[:, :, None]).squeeze(-1).T + self.bias
         earlier = self.earlier.tril(-1)
         with torch.no_grad():
             scores = torch.zeros_like(from_features)
             for l in range(scores.shape[1]):
                 scores[:, l] = (from_features[:, l] + scores @ earlier[l]).sigmoid()
-        log_pi = self._log_assignment(scores)
+        hidden_earlier = self.hidden_earlier * torch.ones_like(earlier).tril(-1)[:, :, None]
+        hidden = torch.baddbmm(self.hidden_bias, self.inputs, self.hidden)
+        hidden = torch.baddbmm(hidden, scores.expand(len(earlier), -1, -1), hidden_earlier).relu()
+        assignment = torch.bmm(hidden, self.out[:, :, None]).squeeze(-1).T + self.out_bias
+        return from_features + scores @ earlier.T, scores, assignment.log_softmax(1)
+
+    def loss(self, correct: Tensor, costs: Tensor, budget: float, kl_weight: float, cost_weight: float) -> Tensor:
+        """Cross-entropy of q, its samples weighted by pi at each exit, and what pi strives for."""
+        logits, scores, log_pi = self()
         pi = log_pi.exp()
         weight = (pi / pi.sum(0)).detach()
-        losses = F.binary_cross_entropy_with_logits(from_features + scores @ earlier.T, correct, reduction="none")
+        losses = F.binary_cross_entropy_with_logits(logits, correct, reduction="none")
         log_scores = scores.clamp_min(1e-6).log()
         divergence = (pi * (log_pi - log_scores)).sum(1) + log_scores.logsumexp(1)
         distance = ((pi @ costs).mean() - budget).abs() / budget
         return (weight * losses).sum(0).mean() + kl_weight * divergence.mean() + cost_weight * distance
 
-    def _log_assignment(self, scores: Tensor) -> Tensor:
-        self._scores = scores
-        mask = torch.ones_like(self.earlier).tril(-1)[:, :, None]
-        hidden = torch.bmm(self.inputs, self.hidden) + self.hidden_bias
-        hidden = (hidden + torch.einsum("nj,ljh->lnh", scores, self.hidden_earlier * mask)).relu()
-        return (torch.einsum("lnh,lh->nl", hidden, self.out) + self.out_bias).log_softmax(1)
-
     @torch.no_grad()
     def quotas(self) -> Tensor:
         """The mean of pi over the samples, ``(L,)``."""
-        return self._log_assignment(self._scores).exp().mean(0)
+        return self()[2].exp().mean(0)
 
     @torch.no_grad()
     def write_scores(self, policy: EENetScheduler) -> None:
