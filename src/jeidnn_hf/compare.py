@@ -20,7 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .comparison import Curve
-from .configuration_jeidnn import RECIPES
+from .configuration_jeidnn import RECIPES, check_lam
 from .conformal import prediction_sets
 from .evaluation import EvaluationReport, evaluate
 from .gates import ExitPolicy
@@ -146,7 +146,7 @@ def train_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The ``run_config.TrainConfig`` of a comparison: a run per heads, method, lambda and seed.
 
     Raises:
-        ValueError: unknown methods or heads; no seeds.
+        ValueError: unknown methods or heads; no seeds, or one twice; a lambda that is none.
     """
     section = {**CompareSection().__dict__, **config.get("compare", {})}
     heads = section["heads"] or {name: {} for name in HEADS}
@@ -156,6 +156,11 @@ def train_config(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"Expected {what} among {list(known)}, but got {unknown}.")
     if not section["seeds"]:
         raise ValueError("Expected one seed at least, but got none.")
+    for values in (section["seeds"], section["lambdas"]):
+        if len(set(values)) < len(values):
+            raise ValueError(f"Expected seeds and lambdas without a repetition, but got {values}.")
+    for lam in section["lambdas"]:
+        check_lam(lam)
     runs = {}
     for kind, own in heads.items():
         for name in methods:
