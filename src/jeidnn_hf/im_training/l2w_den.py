@@ -94,7 +94,7 @@ class L2WDEN(Plain):
         meta_features: Sequence[Tensor],
         meta_labels: Tensor,
     ) -> tuple[Tensor, ...]:
-        """dL_meta / dphi, exact and per unit of the learning rate, for each of phi's parameters.
+        """dL_meta / dphi per unit of the learning rate, for each of phi's parameters; exact where IMs detach nothing.
 
         Args:
             features, labels: of S; meta_features, meta_labels: of S'.
