@@ -19,12 +19,12 @@ Then theta moves, once for both halves and by the trainer's optimizer, along L_t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.func import functional_call
 from torch.optim.adam import adam
 
 from ..objectives import task_cost
@@ -69,12 +69,14 @@ class L2WDEN(Plain):
 
     def loss(self, model, features: Sequence[Tensor], labels: Tensor, phase: Phase) -> Tensor:
         """A batch of one has no halves: it has no meta step."""
-        members = _Members(model.heads)
-        task, half = task_cost(members(features), labels), len(labels) // 2
+        half = len(labels) // 2
         if half and int(self.batches) % self.args.l2w_interval == 0:
-            for virtual, meta in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
-                self.step_weights(self.meta_gradient(members, features, labels, task, virtual, meta))
+            members = _Members(model.heads)
+            halves = [([z[rows] for z in features], labels[rows]) for rows in (slice(half), slice(half, None))]
+            for virtual, meta in (halves, halves[::-1]):
+                self.step_weights(self.meta_gradient(members, *virtual, *meta))
         self.batches += 1
+        task = task_cost(model.heads.members(features), labels)
         return self.weighted(self.weights(task).detach() * task)
 
     def weights(self, task: Tensor) -> Tensor:
@@ -85,34 +87,29 @@ class L2WDEN(Plain):
         return F.pad(weights, (0, self.num_exits - self.num_trained), value=1.0)
 
     def meta_gradient(
-        self, members: _Members, features: Sequence[Tensor], labels: Tensor, task: Tensor, virtual: slice, meta: slice
+        self,
+        members: _Members,
+        features: Sequence[Tensor],
+        labels: Tensor,
+        meta_features: Sequence[Tensor],
+        meta_labels: Tensor,
     ) -> tuple[Tensor, ...]:
-        """dL_meta / dphi per unit of the learning rate, for each of phi's parameters.
-
-        theta' is linear in the weights, so with G the gradient of L_meta at theta' this is minus the gradient in phi of
-        L_train with ``<G, grad_theta CE_il>`` in the place of CE_il, exactly. The products are one forward-mode pass.
+        """dL_meta / dphi per unit of the learning rate, for each of phi's parameters; exact where IMs detach nothing.
 
         Args:
-            task: cross-entropies ``(B, L)``, with their graph.
-            virtual, meta: the rows of S and of S'.
+            features, labels: of S; meta_features, meta_labels: of S'.
         """
-        theta, weights = members.parameters_by_name(), self.weights(task[virtual])
-        loss = self.weighted(weights.detach() * task[virtual])
-        gradient = _gradient(loss, theta.values(), retain_graph=True)
+        task = task_cost(members(features), labels)
+        theta, phi = members.trained, list(self.weight_net.parameters())
+        gradient = torch.autograd.grad(self.weighted(self.weights(task) * task), theta.values(), create_graph=True)
         moved = {
-            name: (p.detach() - self.learning_rate * g).requires_grad_()
+            name: (p.detach() - self.learning_rate * g.detach()).requires_grad_()
             for (name, p), g in zip(theta.items(), gradient, strict=True)
         }
-        logits = functional_call(members, moved, ([z[meta] for z in features],))
+        logits = functional_call(members, moved, (meta_features,), tie_weights=False)
         shares = greedy_shares(logits.detach().softmax(-1).amax(-1), self.args.l2w_ratio)
-        direction = _gradient((task_cost(logits, labels[meta]) * shares).sum(), moved.values())
-
-        def virtual_task(theta: Mapping[str, Tensor]) -> Tensor:
-            return task_cost(functional_call(members, theta, ([z[virtual] for z in features],)), labels[virtual])
-
-        detached = {name: p.detach() for name, p in theta.items()}
-        _, products = jvp(virtual_task, (detached,), (dict(zip(theta, direction, strict=True)),))
-        return _gradient(-self.weighted(weights * products), self.weight_net.parameters())
+        direction = torch.autograd.grad((task_cost(logits, meta_labels) * shares).sum(), moved.values())
+        return torch.autograd.grad(gradient, phi, grad_outputs=[-d for d in direction])
 
     @torch.no_grad()
     def step_weights(self, gradient: Sequence[Tensor]) -> None:
@@ -126,7 +123,10 @@ class L2WDEN(Plain):
             [m.view_as(p) for m, p in zip(moment.split([p.numel() for p in parameters]), parameters, strict=True)]
             for moment in (self.first_moment, self.second_moment)
         )
-        adam(parameters, list(gradient), first, second, [], list(self.steps), amsgrad=False, maximize=False, **ADAM)
+        adam(
+            parameters, list(gradient), first, second, [], list(self.steps), fused=True, amsgrad=False, maximize=False,
+            **ADAM,
+        )  # fmt: skip
 
 
 def greedy_shares(confidence: Tensor, ratio: float) -> Tensor:
@@ -137,30 +137,25 @@ def greedy_shares(confidence: Tensor, ratio: float) -> Tensor:
     """
     n, exits = confidence.shape
     powers = [ratio**l for l in range(1, exits + 1)]
-    left, shares = torch.ones_like(confidence[:, 0], dtype=torch.bool), torch.zeros_like(confidence)
+    left, shares = confidence.clone(), torch.zeros_like(confidence)
     for l, power in enumerate(powers[:-1]):
-        quota = math.floor(n * power / sum(powers))
-        taken = confidence[:, l].masked_fill(~left, -1).argsort(descending=True, stable=True)[:quota]
-        left[taken] = False
-        shares[taken, l] = 1 / max(quota, 1)
-    shares[left, -1] = 1 / left.sum().clamp_min(1).to(shares.dtype)
+        if quota := math.floor(n * power / sum(powers)):
+            taken = left[:, l].topk(quota).indices
+            left[taken] = -1
+            shares[taken, l] = 1 / quota
+    rest = left[:, -1] >= 0
+    shares[:, -1] = rest / rest.sum().clamp_min(1)
     return shares
 
 
 class _Members(nn.Module):
-    """The IMs' own logits as a module's forward, and the parameters that are trained."""
+    """The IMs' own logits as a module's forward; ``trained`` are their parameters, by name."""
 
     def __init__(self, heads: nn.Module):
         super().__init__()
         self.heads = heads
+        trained = {id(p) for p in heads.member_parameters()}
+        self.trained = {name: p for name, p in self.named_parameters() if id(p) in trained}
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         return self.heads.members(features)
-
-    def parameters_by_name(self) -> dict[str, nn.Parameter]:
-        trained = {id(p) for p in self.heads.member_parameters()}
-        return {name: p for name, p in self.named_parameters() if id(p) in trained}
-
-
-def _gradient(loss: Tensor, inputs, retain_graph: bool = False) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss, list(inputs), retain_graph=retain_graph, materialize_grads=True)
