@@ -234,6 +234,11 @@ def test_training_by_the_command(small, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == [{"run": "paper-lam0.1", "folder": str(folder)}]
 
 
+def test_a_number_of_views_below_zero_is_refused(small, capsys):
+    assert main(["train", "--config", str(small), "--data.views", "-1"]) == 1
+    assert "Expected views of 0 or more, but got -1" in capsys.readouterr().err
+
+
 def test_what_tensorboard_shows(small, tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

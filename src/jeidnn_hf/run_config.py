@@ -103,6 +103,8 @@ def _with_value(config: Mapping[str, Any], key: str, value: Any) -> dict[str, An
 
 def load_data(data: Mapping[str, Any]) -> tuple[dict[str, Source], Splits]:
     """The source splits and the roles that a data section asks for."""
+    if data.get("views", 1) < 0:
+        raise ValueError(f"Expected views of 0 or more, but got {data['views']}; 0 caches the images as they are.")
     check_arguments("splits", {"dataset": "", "labels": {}, **data.get("splits", {})}, make_splits)
     sources = load_source(data["dataset"], **source_options(data))
     return sources, split_source(data["dataset"], sources, **data.get("splits", {}))
