@@ -19,6 +19,7 @@ PROBLEM_COSTS = {
 }
 """The task cost of a model's loss, by the ``problem_type`` of transformers."""
 GATE_TARGETS = ("subsequent", "if_min")
+IM_WEIGHTS = ("exit_distribution", "cancelling")
 
 
 def task_cost(logits: Tensor, labels: Tensor, kind: str = "cross_entropy") -> Tensor:
@@ -53,6 +54,16 @@ def expected_cost(cost: Tensor, distribution: Tensor) -> Tensor:
     for the inference modules; with ``distribution`` detached it is Eq. 30, the weighted loss of Algorithm 1, line 15.
     """
     return (cost * distribution).sum(-1).mean()
+
+
+def cancelling_cost(task: Tensor, distribution: Tensor) -> Tensor:
+    """The IM loss of the published code, over the L-1 trained exits: the mean of ``P(G=l) CE^l r_i``, with
+    ``r_i = sum_l CE^l_i / sum_l P(G=l) CE^l_i`` in the graph. The weights cancel: value and gradient are those of the
+    unweighted mean of the cross-entropies.
+    """
+    task, distribution = task[:, :-1], distribution[:, :-1]
+    weighted = distribution * task
+    return (weighted * task.sum(-1, keepdim=True) / weighted.sum(-1, keepdim=True)).mean()
 
 
 def mixture_cost(task: Tensor, log_distribution: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from transformers.integrations import get_available_reporting_integrations
 from .im_training import IM_TRAININGS
 from .im_training.diffbranch import MIXTURES
 from .im_training.l2w_den import CENTERS
-from .objectives import GATE_TARGETS
+from .objectives import GATE_TARGETS, IM_WEIGHTS
 
 TRAINING_RECIPES: dict[str, dict[str, Any]] = {
     "paper": {
@@ -51,6 +51,7 @@ _CHOICES = {
     "gates_on": ("train", "validation"),
     "gate_objective": ("surrogate", "expected_cost"),
     "gate_targets": GATE_TARGETS,
+    "im_weights": IM_WEIGHTS,
     "mixture": MIXTURES,
     "l2w_center": CENTERS,
 }
@@ -84,6 +85,9 @@ class JEIDNNTrainingArguments(TrainingArguments):
     imbalance_low: float = field(default=0.2, metadata={"help": "Smallest weight of a gate's positives."})
     imbalance_high: float = field(default=5.0, metadata={"help": "Largest weight of a gate's positives."})
     full_gradient: bool = field(default=False, metadata={"help": "JEI-DNN-FULL, Eq. 28-29."})
+    im_weights: str = field(
+        default="exit_distribution", metadata={"help": "jeidnn: as Eq. 14, or cancelling, as the published code."}
+    )
     mixture: str = field(default="probabilities", metadata={"help": "diffbranch: what is mixed; or losses, Eq. 6."})
     l2w_epsilon: float = field(default=0.8, metadata={"help": "l2w_den: how far weights can be from 1."})
     l2w_center: str = field(default="col", metadata={"help": "l2w_den: where weights average 1, col or mat."})

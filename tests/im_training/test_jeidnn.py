@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 
 from jeidnn_hf.im_training.jeidnn import draw_lambda, scaled_cost
-from jeidnn_hf.objectives import total_cost
+from jeidnn_hf.objectives import cancelling_cost, expected_cost, total_cost
 
 
 def config(lam, current: float = 0.5) -> SimpleNamespace:
@@ -31,3 +31,15 @@ def test_the_cost_of_each_sample_is_at_its_own_lambda():
     for i, value in enumerate(lam.tolist()):
         torch.testing.assert_close(ranged[i], (task[i] + value * costs) / (1 + value))
     torch.testing.assert_close(scaled_cost(task, costs, 0.5, config(0.5)), total_cost(task, costs, 0.5))
+
+
+def test_cancelling_weights_are_none():
+    random = torch.Generator().manual_seed(0)
+    task = torch.rand(6, 4, generator=random, dtype=torch.float64).requires_grad_()
+    distribution = torch.rand(6, 4, generator=random, dtype=torch.float64).softmax(-1)
+    loss, plain = cancelling_cost(task, distribution), task[:, :-1].mean()
+    torch.testing.assert_close(loss, plain)
+    found, expected = (torch.autograd.grad(value, task)[0] for value in (loss, plain))
+    torch.testing.assert_close(found, expected)
+    weighted = torch.autograd.grad(expected_cost(task, distribution), task)[0]
+    assert (weighted[:, :-1] - expected[:, :-1]).abs().max() > 0.01

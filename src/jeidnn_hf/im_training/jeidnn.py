@@ -9,7 +9,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..objectives import class_imbalance_weights, expected_cost, gate_loss, gate_targets, task_cost, total_cost
+from ..objectives import (
+    cancelling_cost,
+    class_imbalance_weights,
+    expected_cost,
+    gate_loss,
+    gate_targets,
+    task_cost,
+    total_cost,
+)
 from .base import Phase
 from .plain import Plain
 
@@ -44,7 +52,10 @@ class JEIDNN(Plain):
         task = task_cost(logits, labels)
         if self.args.full_gradient:
             return expected_cost(scaled_cost(task, costs, lam, config), model.policy.distribution(logits, lam))
-        return expected_cost(task, model.policy.distribution(logits.detach(), lam).detach())
+        distribution = model.policy.distribution(logits.detach(), lam).detach()
+        if self.args.im_weights == "cancelling":
+            return cancelling_cost(task, distribution)
+        return expected_cost(task, distribution)
 
     @torch.no_grad()
     def weigh_classes(self, logits: Tensor, labels: Tensor, costs: Tensor, config) -> None:
