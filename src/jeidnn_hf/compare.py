@@ -31,7 +31,7 @@ from .record import ExitRecord
 from .reports import FOLDER as REPORTS
 from .reports import load_curves, save_curve
 from .run_config import DataSection
-from .runs import ALPHAS, RunFolder
+from .runs import ALPHAS, RunFolder, seed_of
 from .training_args import JEIDNNTrainingArguments
 from .training_runs import train_runs
 
@@ -226,6 +226,16 @@ def draw_comparison(folder: str | Path, backbone_accuracy: float | None) -> list
         curves = load_curves(kind)
         written += draw_figures(curves, Path(folder, "figures", kind.name), backbone_accuracy=backbone_accuracy)
     return written
+
+
+def plain_runs(config: Mapping[str, Any]) -> list[str]:
+    """The runs of plain training, first seed, one per kind of heads; a ValueError where there is none."""
+    plan = train_config(config)
+    found = {kind: min((name for name in plan["runs"] if _is_of(name, kind, method)), key=seed_of)
+             for kind, method in _groups(plan) if method == "plain"}  # fmt: skip
+    if not found:
+        raise ValueError("Expected 'plain' among the methods to reproduce the published comparison on, but got none.")
+    return list(found.values())
 
 
 def curve_path(folder: str | Path, kind: str, method: str, policy: str, seed: int) -> Path:

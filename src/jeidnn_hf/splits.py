@@ -154,7 +154,7 @@ def make_splits(
         taken, left[source] = rows[positions], np.delete(rows, positions)
         if role == "train" and imbalance > 1:
             random = np.random.PCG64([seed, len(ROLES)]).random_raw(len(taken))
-            taken = taken[_long_tail(known[source][taken], imbalance, num_classes, random)]
+            taken = taken[long_tail(known[source][taken], imbalance, num_classes, random)]
         absent = np.flatnonzero(np.bincount(known[source][taken], minlength=num_classes) == 0)
         if role in ("validation", "train") and len(absent):
             raise ValueError(
@@ -172,7 +172,9 @@ def _stratified(labels: np.ndarray, size: int, random: np.ndarray) -> np.ndarray
     return _first_of_each(labels, quotas, random)
 
 
-def _long_tail(labels: np.ndarray, imbalance: float, num_classes: int, random: np.ndarray) -> np.ndarray:
+def long_tail(labels: np.ndarray, imbalance: float, num_classes: int, random: np.ndarray) -> np.ndarray:
+    """Ascending positions of the labels ``(N,)`` that a long tail keeps, see `make_splits`: in each class the smallest
+    ``random`` ``(N,)``."""
     counts = np.bincount(labels, minlength=num_classes)
     profile = counts.min() * imbalance ** -np.linspace(0, 1, num_classes)
     return _first_of_each(labels, np.floor(profile + 1e-9).astype(np.int64), random)
