@@ -53,7 +53,8 @@ class Answer:
     Args:
         exit: the one taken, from 1.
         exits: of all L, also those behind the one taken.
-        mul_adds, backbone_mul_adds: spent, and of the bare backbone.
+        mul_adds: spent.
+        backbone_mul_adds: of the bare backbone.
         prediction_set: labels, the likeliest first; None where there is none.
         set_note: what the set promises, or why there is none.
     """
@@ -229,7 +230,8 @@ def serve(
     """Loads a model and serves its page, at ``local_url``, while the process runs: ``block_thread()`` waits.
 
     Args:
-        host, port: gradio's unless given: ``GRADIO_SERVER_NAME`` or 127.0.0.1, the first free port from 7860.
+        host: by default gradio's, ``GRADIO_SERVER_NAME`` or 127.0.0.1.
+        port: by default the first free one from 7860.
 
     Raises:
         ValueError, OSError: as `load`; a port that is taken.

@@ -48,7 +48,8 @@ class Method:
 
     Args:
         policies: names of `POLICY_CURVES`.
-        model, training: what its runs have of their own.
+        model: fields of the model that its runs have of their own.
+        training: likewise, arguments of the training.
         per_lambda: trained anew for every lambda; each training then is one operating point.
     """
 
@@ -84,8 +85,9 @@ METHODS: dict[str, Method] = {
     ),
     "jeidnn": Method(("own",), _PAPERS_GATES, {"im_training": "jeidnn", **_JOINT}, per_lambda=True),
     "jeidnn-any": Method(
-        ("own", "gates"), {"gate": "shared", "gate_form": "stick", "lam": list(LAM_RANGE)},
-        {"im_training": "jeidnn", **_JOINT, "gate_objective": "expected_cost"},
+        ("own", "gates"),
+        {"gate": "shared", "gate_form": "cumulative", "exit_rule": "median", "lam": list(LAM_RANGE)},
+        {"im_training": "jeidnn", **_JOINT, "gate_objective": "surrogate"},
     ),
 }  # fmt: skip
 

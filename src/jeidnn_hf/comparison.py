@@ -25,7 +25,8 @@ class Curve:
     """One method, trained with one seed, at P operating points.
 
     Args:
-        held_out_costs, held_out_accuracies: ``(P,)`` on validation images.
+        held_out_costs: mean normalised Mul-Adds on validation images, ``(P,)``.
+        held_out_accuracies: likewise the accuracies.
         costs: mean normalised Mul-Adds on the test images, ``(P,)``.
         right: whether an image is classified right, ``(P, N)`` bool.
         measures: further numbers of each point on the test images, such as its ECE, name -> ``(P,)``.

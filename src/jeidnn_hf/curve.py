@@ -31,7 +31,10 @@ class AccuracyCostCurve:
         accuracy: fractions, ``(P,)``.
         normalised_mul_adds: mean per image, as a share of the backbone's, ``(P,)``.
         exit_mul_adds: what it costs to leave at each exit, as a share of the backbone's, ``(L,)``.
-        dataset, role, num_samples, split_sha256: the images.
+        dataset: of the images.
+        role: their split role.
+        num_samples: how many there are.
+        split_sha256: which they are.
         backbone_accuracy: of the frozen backbone with its own classifier, where it has one.
 
     Raises:

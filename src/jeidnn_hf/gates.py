@@ -7,12 +7,15 @@ policies themselves are one file each in ``policies/``.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from .exits import STATISTICS
+
+if TYPE_CHECKING:
+    from .record import ExitRecord
 
 Lambda = float | Tensor | None
 
@@ -54,11 +57,11 @@ class ExitPolicy(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def fit(cls, record, *, budget: float, **options: Any) -> Self:
-        """The best policy of its kind whose mean cost on ``record``, held-out answers, is within a budget.
+    def fit(cls, record: ExitRecord, *, budget: float, **options: Any) -> Self:
+        """The best policy of its kind whose mean cost on ``record`` is within a budget.
 
         Args:
-            record: an `ExitRecord`.
+            record: held-out answers.
             budget: mean Mul-Adds, as a share of the backbone's.
 
         Raises:

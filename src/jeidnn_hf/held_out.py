@@ -59,10 +59,10 @@ def fit_gates(
     lam: float | list[float],
     *,
     kind: str = "error",
-    steps: int = 800,
+    steps: int = 400,
     learning_rate: float = 0.01,
-    weight_decay: float = 0.1,
-    improving: float = 0.3,
+    weight_decay: float = 0.25,
+    improving: float = 0.6,
     seed: int = 0,
 ) -> list[float]:
     """Trains gates on fixed answers by the expected cost of Eq. 6, an exact sum over exits, in place.

@@ -95,7 +95,7 @@ class JEIDNNTrainingArguments(TrainingArguments):
     l2w_ratio: float = field(default=0.75, metadata={"help": "l2w_den: p, as exit l is meant for a share ~ p^l."})
     distillation_weight: float = field(default=0.1, metadata={"help": "imta: gamma, the share of the distillation."})
     distillation_temperature: float = field(default=1.0, metadata={"help": "imta: T of student and teacher."})
-    gate_steps: int = field(default=800, metadata={"help": "Full-batch steps of the gates fitted on validation."})
+    gate_steps: int = field(default=400, metadata={"help": "Full-batch steps of the gates fitted on validation."})
     ensemble_pull: float = field(default=0.3, metadata={"help": "Pull of the ensemble towards the identity."})
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Epochs without a better validation cost before training stops; None: never."}

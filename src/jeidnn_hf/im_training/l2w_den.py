@@ -97,7 +97,10 @@ class L2WDEN(Plain):
         """dL_meta / dphi per unit of the learning rate, for each of phi's parameters; exact where IMs detach nothing.
 
         Args:
-            features, labels: of S; meta_features, meta_labels: of S'.
+            features: of S.
+            labels: of S.
+            meta_features: of S'.
+            meta_labels: of S'.
         """
         task = task_cost(members(features), labels)
         theta, phi = members.trained, list(self.weight_net.parameters())

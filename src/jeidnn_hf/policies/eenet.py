@@ -75,8 +75,8 @@ class EENetScheduler(ExitPolicy):
             budget: mean Mul-Adds, as a share of the backbone's.
             steps: full-batch AdamW steps, at a learning rate that falls to zero on a cosine.
             hidden: width of the assignment network.
-            kl_weight, cost_weight: of the divergence of pi from the normalised scores, and of the relative distance of
-                its mean cost from the budget.
+            kl_weight: of the divergence of pi from the normalised scores.
+            cost_weight: of the relative distance of pi's mean cost from the budget.
 
         Raises:
             ValueError: a budget below the first exit's cost or above the last's; a single exit.

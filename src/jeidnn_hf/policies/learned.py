@@ -72,7 +72,8 @@ class LearnedGates(ExitPolicy):
             lam: one lambda, or (low, high). `LAMBDAS` where a budget has to find it.
             gates: ``shared`` gates take lambda as an input, and are fitted once; ``linear`` ones are fitted anew for
                 each lambda tried on the way to a budget.
-            form, rule: as of the class.
+            form: as of the class.
+            rule: as of the class.
             options: of ``fit_gates``.
 
         Raises:
