@@ -59,7 +59,7 @@ def compared(tmp_path_factory) -> Path:
         assert main(["compare", str(folder / "compare.yaml"), "--jobs", "1"]) == 0
         before = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*.safetensors")}
         curve_path(folder / "out", *DEFAULT, 1).unlink()
-        assert main(["compare", str(folder / "compare.yaml"), "--jobs", "1", "--no_figures"]) == 0
+        assert main(["compare", str(folder / "compare.yaml"), "--jobs", "1", "--no_figures", "--reproduce"]) == 0
         changed = {path for path, time in before.items() if path.stat().st_mtime_ns != time}
         assert changed == {curve_path(folder / "out", *DEFAULT, 1)}  # all else was there
     return folder / "out"
@@ -77,6 +77,14 @@ def test_every_method_has_a_curve_per_seed_and_a_row_per_table(compared):
     assert {path.name for path in (compared / "figures").iterdir()} == {"paper", "default"}
     drawn = {path.name for path in (compared / "figures" / "default").iterdir()}
     assert {"accuracy.png", "ece.png", "inefficiency.png", "miscoverage.png", "figures.md"} <= drawn
+
+
+def test_reproduce_measures_plain_training_of_each_kind_of_heads(compared):
+    rows = json.loads((compared / "reproduction.json").read_text())
+    assert {row["model"] for row in rows} == {"paper-plain-seed0", "default-plain-seed0", "T2T-ViT-7"}
+    assert len((compared / "reproduction.md").read_text().splitlines()) == len(rows) + 2
+    with pytest.raises(ValueError, match="^Expected the method 'plain'"):
+        comparing.plain_runs({**SMALL, "compare": {**SMALL["compare"], "methods": ["jeidnn"]}})
 
 
 def test_a_curve_is_what_its_points_are(compared):

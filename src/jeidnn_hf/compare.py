@@ -31,7 +31,7 @@ from .record import ExitRecord
 from .reports import FOLDER as REPORTS
 from .reports import load_curves, save_curve
 from .run_config import DataSection
-from .runs import ALPHAS, RunFolder, seed_of
+from .runs import ALPHAS, RunFolder
 from .training_args import JEIDNNTrainingArguments
 from .training_runs import train_runs
 
@@ -232,12 +232,13 @@ def draw_comparison(folder: str | Path, backbone_accuracy: float | None) -> list
 
 def plain_runs(config: Mapping[str, Any]) -> list[str]:
     """The runs of plain training, first seed, one per kind of heads; a ValueError where there is none."""
-    plan = train_config(config)
-    found = {kind: min((name for name in plan["runs"] if _is_of(name, kind, method)), key=seed_of)
-             for kind, method in _groups(plan) if method == "plain"}  # fmt: skip
-    if not found:
-        raise ValueError("Expected 'plain' among the methods to reproduce the published comparison on, but got none.")
-    return list(found.values())
+    seeds = {**CompareSection().__dict__, **config.get("compare", {})}["seeds"]
+    names = [f"{kind}-plain-seed{min(seeds)}" for kind, method in _groups(train_config(config)) if method == "plain"]
+    if not names:
+        raise ValueError(
+            "Expected the method 'plain', on which the published comparison is reproduced, but got others."
+        )
+    return names
 
 
 def curve_path(folder: str | Path, kind: str, method: str, policy: str, seed: int) -> Path:

@@ -8,7 +8,7 @@ of the Mul-Adds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,8 @@ from .splits import long_tail
 from .tables import markdown_table
 
 Records = Mapping[str, ExitRecord]
+Trained = tuple[ExitPolicy, float | None, Records]
+"""Of a trained model its policy, lambda and records."""
 Row = dict[str, Any]
 
 BUDGET = 0.5
@@ -172,11 +174,8 @@ def counter() -> list[Row]:
     return [_row("counter of Mul-Adds", f"cost of exit {l}", *costs) for l, costs in each]
 
 
-def cancelling_weights(
-    published: tuple[ExitPolicy, float | None, Records], right: tuple[ExitPolicy, float | None, Records]
-) -> list[Row]:
-    """Weights of the IMs' loss that cancel, against those of Eq. 14: two trained models, as (policy, lambda, records),
-    each with its own gates."""
+def cancelling_weights(published: Trained, right: Trained) -> list[Row]:
+    """Weights of the IMs' loss that cancel, against those of Eq. 14: two models, each with its own gates."""
     points = [measure(*model) for model in (published, right)]
     name = "weights that cancel"
     return [
@@ -186,9 +185,7 @@ def cancelling_weights(
     ]
 
 
-SWITCHES: tuple[Callable[[Records], list[Row]], ...] = (
-    double_softmax, no_last_quota, nested_prefixes, class_sorted, ece_of_batches
-)  # fmt: skip
+SWITCHES = (double_softmax, no_last_quota, nested_prefixes, class_sorted, ece_of_batches)
 """Those that records alone suffice for."""
 
 
@@ -209,8 +206,8 @@ def reproduce(folder: str | Path, *names: str) -> list[Row]:
     for twin in run.names:
         name = twin.removesuffix(CANCELLING)
         if twin != name and name in run.names:
-            models = [(run.model(each), run.records(each)) for each in (twin, name)]
-            trained = [(model.policy, model.config.current_lam, records) for model, records in models]
+            models = {each: run.model(each) for each in (twin, name)}
+            trained = [(model.policy, model.config.current_lam, run.records(each)) for each, model in models.items()]
             rows += [{"model": name, **row} for row in cancelling_weights(*trained)]
     return rows + [{"model": "T2T-ViT-7", **row} for row in counter()]
 
@@ -250,6 +247,5 @@ def _quota_policy(records: Records) -> QuotaThresholds:
 
 
 def _row(switch: str, quantity: str, published: float | Tensor, right: float | Tensor) -> Row:
-    numbers = {"published": float(published), "right": float(right)}
-    found = {how: None if math.isnan(number) else number for how, number in numbers.items()}
-    return {"switch": switch, "quantity": quantity, **found}
+    numbers = [None if math.isnan(number) else float(number) for number in (published, right)]
+    return {"switch": switch, "quantity": quantity, "published": numbers[0], "right": numbers[1]}
