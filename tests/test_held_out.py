@@ -241,7 +241,7 @@ def test_the_task_cost_is_the_one_named():
     left = {}
     for kind in ("error", "cross_entropy", "brier"):
         policy = policy_of("linear")
-        fit_gates(policy, logits, labels, THREE, 0.5, kind=kind, steps=600, learning_rate=0.05)
+        fit_gates(policy, logits, labels, THREE, 0.5, kind=kind, steps=600, learning_rate=0.05, weight_decay=0.1)
         left[kind] = (policy.decide(logits) == 0).double()
     assert left["error"].mean() == 1
     saved = {"cross_entropy": -confidence.log(), "brier": 1.5 * (1 - confidence).square()}
