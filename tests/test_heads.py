@@ -51,6 +51,16 @@ def close(actual: Tensor, expected: Tensor | np.ndarray, atol: float = 1e-10) ->
     torch.testing.assert_close(actual.detach(), torch.as_tensor(expected).detach(), rtol=0, atol=atol)
 
 
+def assert_steps_are_the_scan(heads: ExitHeads, features: tuple[Tensor, ...]) -> None:
+    """Also where samples leave on the way, and are dropped from the carry."""
+    logits, rows, carry = heads(features), torch.arange(SAMPLES), None
+    for l, keep in enumerate([[8, 0, 1, 5, 3], [0, 3, 4], [2, 1], [0, 1]]):
+        answers, carry = heads.step(l, features[l][rows], carry)
+        close(answers, logits[rows, l])
+        rows, carry = select((rows, carry), torch.tensor(keep))
+    assert rows.tolist() == [3, 5]
+
+
 @natives
 @standardized
 @ensembles
@@ -78,13 +88,7 @@ def test_step_by_step_is_the_scan(kind, ensemble, standardize, native):
     ],
 )
 def test_samples_that_left_are_dropped_from_the_carry(kind, ensemble):
-    heads, features = heads_of(kind, ensemble, standardize=True), features_of()
-    logits, rows, carry = heads(features), torch.arange(SAMPLES), None
-    for l, keep in enumerate([[8, 0, 1, 5, 3], [0, 3, 4], [2, 1], [0, 1]]):
-        answers, carry = heads.step(l, features[l][rows], carry)
-        close(answers, logits[rows, l])
-        rows, carry = select((rows, carry), torch.tensor(keep))
-    assert rows.tolist() == [3, 5]
+    assert_steps_are_the_scan(heads_of(kind, ensemble, standardize=True), features_of())
 
 
 def test_first_steps_carry():
@@ -268,13 +272,7 @@ reuse = pytest.mark.parametrize(
 @reuse
 @kinds
 def test_step_by_step_is_the_scan_with_earlier_answers(kind, options, native):
-    heads, features = heads_of(kind, native=native, **options), features_of(native)
-    logits, rows, carry = heads(features), torch.arange(SAMPLES), None
-    for l, keep in enumerate([[8, 0, 1, 5, 3], [0, 3, 4], [2, 1], [0, 1]]):
-        answers, carry = heads.step(l, features[l][rows], carry)
-        close(answers, logits[rows, l])
-        rows, carry = select((rows, carry), torch.tensor(keep))
-    assert rows.tolist() == [3, 5]
+    assert_steps_are_the_scan(heads_of(kind, native=native, **options), features_of(native))
 
 
 @natives

@@ -8,25 +8,29 @@ measured there already is not done again. Every choice is made on ``validation``
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .comparison import Curve
-from .configuration_jeidnn import RECIPES, check_lam
-from .conformal import prediction_sets
+from .configuration_jeidnn import check_lam
 from .evaluation import EvaluationReport, evaluate
 from .gates import ExitPolicy
 from .metrics import expected_calibration_error
 from .operating_point import OperatingPoint
+from .oracle import outcome
 from .policies import ConfidenceThreshold, EENetScheduler, LearnedGates, Patience, QuotaThresholds, RandomExits
+from .policies.learned import LAMBDAS
+from .policies.quota import PUBLISHED_RATIOS
 from .record import ExitRecord
 from .reports import FOLDER as REPORTS
 from .reports import load_curves, save_curve
@@ -39,7 +43,6 @@ FOLDER = "curves"
 ALPHA = 0.05
 MAX_DRAWN = 12
 """Operating points of a curve in figures."""
-LAM_RANGE = tuple(RECIPES["default"]["lam"])
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ METHODS: dict[str, Method] = {
     "jeidnn": Method(("own",), _PAPERS_GATES, {"im_training": "jeidnn", **_JOINT}, per_lambda=True),
     "jeidnn-any": Method(
         ("own", "gates"),
-        {"gate": "shared", "gate_form": "cumulative", "exit_rule": "median", "lam": list(LAM_RANGE)},
+        {"gate": "shared", "gate_form": "cumulative", "exit_rule": "median", "lam": list(LAMBDAS)},
         {"im_training": "jeidnn", **_JOINT, "gate_objective": "surrogate"},
     ),
 }  # fmt: skip
@@ -144,38 +147,48 @@ class CompareConfig:
     training: JEIDNNTrainingArguments = field(default_factory=dict)
 
 
-def train_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``run_config.TrainConfig`` of a comparison: a run per heads, method, lambda and seed.
+def compared(config: Mapping[str, Any]) -> CompareSection:
+    """The section of a comparison, every method and kind of heads named.
 
     Raises:
         ValueError: unknown methods or heads; no seeds, or one twice; a lambda that is none.
     """
-    section = {**CompareSection().__dict__, **config.get("compare", {})}
-    heads = section["heads"] or {name: {} for name in HEADS}
-    methods = section["methods"] or list(METHODS)
-    for what, given, known in (("heads", heads, HEADS), ("methods", methods, METHODS)):
+    section = CompareSection(**config.get("compare", {}))
+    section.heads = section.heads or {name: {} for name in HEADS}
+    section.methods = section.methods or list(METHODS)
+    for what, given, known in (("heads", section.heads, HEADS), ("methods", section.methods, METHODS)):
         if unknown := sorted(set(given) - known.keys()):
             raise ValueError(f"Expected {what} among {list(known)}, but got {unknown}.")
-    if not section["seeds"]:
+    if not section.seeds:
         raise ValueError("Expected one seed at least, but got none.")
-    for values in (section["seeds"], section["lambdas"]):
+    for values in (section.seeds, section.lambdas):
         if len(set(values)) < len(values):
             raise ValueError(f"Expected seeds and lambdas without a repetition, but got {values}.")
-    for lam in section["lambdas"]:
+    for lam in section.lambdas:
         check_lam(lam)
-    runs = {}
-    for kind, own in heads.items():
-        for name in methods:
-            method = METHODS[name]
-            when = "joint" if method.training["gates_on"] == "train" else "afterwards"
-            model = {**HEADS[kind]["model"], **method.model, **(own or {}).get("model", {})}
-            training = {**HEADS[kind]["training"], **HEADS[kind].get(when, {}), **method.training}
-            training |= (own or {}).get("training", {})
-            for seed in section["seeds"]:
-                for lam in section["lambdas"] if method.per_lambda else [None]:
-                    where = f"{kind}-{name}" + ("" if lam is None else f"-lam{lam:g}") + f"-seed{seed}"
-                    lams = {} if lam is None else {"lam": lam}
-                    runs[where] = {"model": {**model, **lams}, "training": {**training, "seed": seed}}
+    return section
+
+
+def runs_of(section: CompareSection, kind: str, method: str, seed: int) -> dict[str, float | None]:
+    """The names of the runs of one method, heads and seed, and the lambda of each where there is one per lambda."""
+    if not METHODS[method].per_lambda:
+        return {f"{kind}-{method}-seed{seed}": None}
+    return {f"{kind}-{method}-lam{lam:g}-seed{seed}": lam for lam in section.lambdas}
+
+
+def train_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``run_config.TrainConfig`` of a comparison; a ValueError as of `compared`."""
+    section, runs = compared(config), {}
+    for (kind, own), name in product(section.heads.items(), section.methods):
+        method, own = METHODS[name], own or {}
+        when = "joint" if method.training["gates_on"] == "train" else "afterwards"
+        model = {**HEADS[kind]["model"], **method.model, **own.get("model", {})}
+        training = {**HEADS[kind]["training"], **HEADS[kind].get(when, {}), **method.training}
+        training |= own.get("training", {})
+        for seed in section.seeds:
+            for run, lam in runs_of(section, kind, name, seed).items():
+                lams = {} if lam is None else {"lam": lam}
+                runs[run] = {"model": {**model, **lams}, "training": {**training, "seed": seed}}
     common = {"logging_steps": 500, "save_strategy": "no", "report_to": "none", **config.get("training", {})}
     return {**{key: config[key] for key in ("output_dir", "data", "model")}, "training": common, "runs": runs}
 
@@ -190,32 +203,28 @@ def compare(config: Mapping[str, Any], jobs: int = 1, quiet: bool = False) -> di
     Raises:
         ValueError: as of `train_config` and ``train_runs``.
     """
-    plan = train_config(config)
+    section, plan = compared(config), train_config(config)
     folder = Path(plan["output_dir"])
-    names = [name for name in plan["runs"] if not (folder / name / "model.safetensors").exists()]
-    first = {name.split("-")[0]: name for name in reversed(names)}  # of each kind of heads: it fills the cache
-    early = [name for name in names if name in first.values()]
-    with tqdm(total=len(names), desc="trainings", unit="run", disable=quiet) as bar:
-        for name in early:
+    missing = [name for name in plan["runs"] if not (folder / name / "model.safetensors").exists()]
+    first = [next((name for name in missing if name.startswith(f"{kind}-")), None) for kind in section.heads]
+    with tqdm(total=len(missing), desc="trainings", unit="run", disable=quiet) as bar:
+        for name in filter(None, first):  # of each kind of heads: it fills the cache
             train_runs(plan, [name], quiet=True)
             bar.update()
-        rest = [name for name in names if name not in early]
+        rest = [name for name in missing if name not in first]
         for _ in _in_processes(_train_one, [(plan, name) for name in rest], jobs):
             bar.update()
-    if not names:
+    if not missing:
         train_runs(plan, [next(iter(plan["runs"]))], quiet=True)  # writes down the plan
-    section = {**CompareSection().__dict__, **config.get("compare", {})}
-    seeds = section["seeds"]
-    tasks = [(str(folder), plan, seeds, *group, seed) for group in _groups(plan) for seed in seeds]
+    groups = list(product(section.heads, section.methods))
+    tasks = [(str(folder), section, *group, seed) for group in groups for seed in section.seeds]
     for _ in tqdm(_in_processes(_measure_one, tasks, jobs), total=len(tasks), desc="curves", disable=quiet):
         pass
-    curves: dict[tuple[str, str, str], list[Curve]] = {}
-    for kind, method in _groups(plan):
-        for policy in METHODS[method].policies:
-            curves[kind, method, policy] = [
-                Curve.load(curve_path(folder, kind, method, policy, seed)) for seed in seeds
-            ]
-    return curves
+    return {
+        (kind, method, policy): [Curve.load(curve_path(folder, kind, method, policy, seed)) for seed in section.seeds]
+        for kind, method in groups
+        for policy in METHODS[method].policies
+    }
 
 
 def draw_comparison(folder: str | Path, backbone_accuracy: float | None) -> list[Path]:
@@ -232,31 +241,16 @@ def draw_comparison(folder: str | Path, backbone_accuracy: float | None) -> list
 
 def plain_runs(config: Mapping[str, Any]) -> list[str]:
     """The runs of plain training, first seed, one per kind of heads; a ValueError where there is none."""
-    seeds = {**CompareSection().__dict__, **config.get("compare", {})}["seeds"]
-    names = [f"{kind}-plain-seed{min(seeds)}" for kind, method in _groups(train_config(config)) if method == "plain"]
-    if not names:
+    section = compared(config)
+    if "plain" not in section.methods:
         raise ValueError(
             "Expected the method 'plain', on which the published comparison is reproduced, but got others."
         )
-    return names
+    return [name for kind in section.heads for name in runs_of(section, kind, "plain", min(section.seeds))]
 
 
 def curve_path(folder: str | Path, kind: str, method: str, policy: str, seed: int) -> Path:
     return Path(folder, FOLDER, f"{kind}.{method}.{policy}.seed{seed}.safetensors")
-
-
-def _groups(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(heads, method) of the runs."""
-    kinds = {kind: None for kind in (name.split("-")[0] for name in plan["runs"])}
-    return [
-        (kind, method) for kind in kinds for method in METHODS
-        if any(_is_of(name, kind, method) for name in plan["runs"])
-    ]  # fmt: skip
-
-
-def _is_of(run: str, kind: str, method: str, seed: int | None = None) -> bool:
-    start, tail = f"{kind}-{method}-", "" if seed is None else f"seed{seed}"
-    return run.startswith((f"{start}lam", f"{start}seed")) and (seed is None or run.endswith(f"-{tail}"))
 
 
 def _in_processes(function, tasks: Sequence[tuple], jobs: int) -> Iterator[Any]:
@@ -275,22 +269,21 @@ def _train_one(task: tuple[dict[str, Any], str]) -> None:
 
 def _measure_one(task: tuple) -> None:
     """Curves of all policies of one method, heads and seed, those that are not there yet."""
-    folder, plan, seeds, kind, method, seed = task
+    folder, section, kind, method, seed = task
     missing = [p for p in METHODS[method].policies if not curve_path(folder, kind, method, p, seed).exists()]
     if not missing:
         return
     run = RunFolder(Path(folder))
-    names = [name for name in plan["runs"] if _is_of(name, kind, method, seed)]
-    models = {name: run.model(name) for name in names}
-    records = {name: run.records(name, models[name]) for name in names}
+    models = {name: run.model(name) for name in runs_of(section, kind, method, seed)}
+    records = {name: run.records(name, model) for name, model in models.items()}
     for policy in missing:
         points = [
             (own, lam, records[name])
-            for name in names
-            for own, lam in POLICY_CURVES[policy](models[name], records[name]["validation"])
+            for name, model in models.items()
+            for own, lam in POLICY_CURVES[policy](model, records[name]["validation"])
         ]
         curve = curve_of([measure(*point) for point in points])
-        if seed == min(seeds) and (method, policy) in PUBLISHED:
+        if seed == min(section.seeds) and (method, policy) in PUBLISHED:
             drawn = curve.frontier()
             drawn = drawn[torch.linspace(0, len(drawn) - 1, min(len(drawn), MAX_DRAWN)).round().long()]
             reports = [report(*points[i]) for i in drawn.tolist()]
@@ -305,24 +298,22 @@ def measure(policy: ExitPolicy, lam: float | None, records: Mapping[str, ExitRec
     torch.manual_seed(0)  # of policies that draw
     validation, calibration, test = (records[role].under(policy) for role in ("validation", "calibration", "test"))
     policy.check_exits(test.num_exits)
-    held_out, chosen = policy.decide(validation.logits, lam), policy.decide(test.logits, lam)
-    rows, held_out_rows = torch.arange(len(chosen)), torch.arange(len(held_out))
+    held_out = outcome(validation, policy.decide(validation.logits, lam))
+    chosen = policy.decide(test.logits, lam)
+    rows = torch.arange(len(chosen))
     logits = test.logits[rows, chosen]
     probs = (logits / validation.temperatures[chosen, None]).softmax(-1)
     point = OperatingPoint.fit(policy, validation, calibration, lam=lam, alphas=[ALPHA], methods=["grouped"])
-    thresholds = probs.new_tensor(point.thresholds_at(ALPHA), dtype=torch.float64)
-    sets = prediction_sets(probs[:, None].expand(-1, test.num_exits, -1), chosen, thresholds, point.score)
-    right = logits.argmax(-1) == test.labels
-    held_out_right = validation.logits[held_out_rows, held_out].argmax(-1) == validation.labels
+    sets = point.prediction_sets(probs[:, None].expand(-1, test.num_exits, -1), chosen, ALPHA)
     return {
-        "held_out_costs": validation.normalised_costs[held_out].double().mean(),
-        "held_out_accuracies": held_out_right.double().mean(),
-        "costs": test.normalised_costs[chosen].double().mean(),
-        "right": right,
+        "held_out_costs": held_out.normalised_mul_adds,
+        "held_out_accuracies": held_out.accuracy,
+        "costs": outcome(test, chosen).normalised_mul_adds,
+        "right": logits.argmax(-1) == test.labels,
         "measures": {
-            "ece": expected_calibration_error(probs, test.labels),
-            "inefficiency": sets.sum(1).double().mean(),
-            "coverage": sets[rows, test.labels].double().mean(),
+            "ece": float(expected_calibration_error(probs, test.labels)),
+            "inefficiency": float(sets.sum(1).double().mean()),
+            "coverage": float(sets[rows, test.labels].double().mean()),
         },
     }
 
@@ -337,12 +328,15 @@ def report(policy: ExitPolicy, lam: float | None, records: Mapping[str, ExitReco
 
 def curve_of(points: Sequence[Mapping[str, Any]]) -> Curve:
     """Points, as `measure` gives them, as one curve."""
-    stacked = {
-        name: torch.stack([point[name] for point in points])
-        for name in ("held_out_costs", "held_out_accuracies", "costs", "right")
-    }
-    names = points[0]["measures"]
-    return Curve(**stacked, measures={name: torch.stack([p["measures"][name] for p in points]) for name in names})
+
+    def column(values: Iterable[float]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.float64)
+
+    return Curve(
+        **{name: column(p[name] for p in points) for name in ("held_out_costs", "held_out_accuracies", "costs")},
+        right=torch.stack([point["right"] for point in points]),
+        measures={name: column(p["measures"][name] for p in points) for name in points[0]["measures"]},
+    )
 
 
 Points = list[tuple[ExitPolicy, float | None]]
@@ -360,8 +354,8 @@ def _own(model, record: ExitRecord) -> Points:
 
 
 def _gates(model, record: ExitRecord) -> Points:
-    policy = LearnedGates.fit(record, lam=LAM_RANGE)
-    return [(policy, lam) for lam in np.geomspace(*LAM_RANGE, 24).tolist()]
+    policy = LearnedGates.fit(record, lam=LAMBDAS)
+    return [(policy, lam) for lam in np.geomspace(*LAMBDAS, 24).tolist()]
 
 
 def _threshold(measure: str):
@@ -377,7 +371,7 @@ POLICY_CURVES = {
     "threshold": _threshold("max_probability"),
     "threshold-entropy": _threshold("entropy"),
     "threshold-margin": _threshold("margin"),
-    "quota": lambda model, record: [(QuotaThresholds.of_ratio(record, p / 20), None) for p in range(1, 40)],
+    "quota": lambda model, record: [(QuotaThresholds.of_ratio(record, ratio), None) for ratio in PUBLISHED_RATIOS],
     "patience": lambda model, record: [(Patience(record.num_exits, p), None) for p in range(record.num_exits)],
     "eenet": lambda model, record: [(EENetScheduler.fit(record, budget=b), None) for b in _budgets(record, 8)],
     "random": lambda model, record: [(RandomExits.fit(record, budget=b), None) for b in _budgets(record, 12)],

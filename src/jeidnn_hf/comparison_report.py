@@ -16,9 +16,9 @@ from .comparison import (
     paired_differences,
     verdict,
 )
+from .runs import BUDGETS
 from .tables import markdown_table
 
-BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 NOT_WORSE = -0.002
 """How far the lower bound of the default recipe's lead may be below 0 where it counts as not beaten."""
 SHARE_THAT_COUNTS = 0.8
@@ -48,16 +48,19 @@ def summarise(curves: Compared, backbone_accuracy: float, budgets: Sequence[floa
     by_seed = {
         name: [accuracy_table({name: [curve]}, budgets)[name] for curve in found] for name, found in methods.items()
     }
-    differences = {}
+    differences, claims = {}, {}
     for kind in dict.fromkeys(key[0] for key in curves):
         group = {name_of(key): found for key, found in curves.items() if key[0] == kind}
-        for title, (_, *reference) in (("default recipe's policy", DEFAULT), ("paper's recipe", PAPER)):
-            reference = name_of((kind, *reference))
-            if reference in group:
-                found = paired_differences(group, reference, budgets)
-                differences[f"{kind} heads, against the {title}"] = {
-                    name: _plain(difference) for name, difference in found.items()
-                }
+        for title, (_, *policy) in (("default recipe's policy", DEFAULT), ("paper's recipe", PAPER)):
+            reference = name_of((kind, *policy))
+            if reference not in group:
+                continue
+            found = paired_differences(group, reference, budgets)
+            differences[f"{kind} heads, against the {title}"] = {
+                name: _plain(difference) for name, difference in found.items()
+            }
+            if tuple(policy) == DEFAULT[1:]:
+                claims[kind] = _claim(found, [value > floor for value in accuracy[reference]])
     recipes = {name_of(key): curves[key] for key in (DEFAULT, PAPER) if key in curves}
     if len(recipes) == 2:
         found = paired_differences(recipes, name_of(PAPER), budgets)[name_of(DEFAULT)]
@@ -72,32 +75,23 @@ def summarise(curves: Compared, backbone_accuracy: float, budgets: Sequence[floa
         "area_above_80_percent": area,
         **{name: {method: _nones(v) for method, v in table.items()} for name, table in measures.items()},
         "differences": differences,
-        "default_recipe": _claims(curves, backbone_accuracy, budgets),
+        "default_recipe": claims,
     }
 
 
-def _claims(curves: Compared, backbone_accuracy: float, budgets: Sequence[float]) -> dict[str, Any]:
-    """Per kind of heads: the least and the largest lower bound of the default policy's lead over each other method,
-    where its accuracy is above 80 % of the backbone's."""
-    claims = {}
-    for kind in dict.fromkeys(key[0] for key in curves):
-        group = {name_of(key): found for key, found in curves.items() if key[0] == kind}
-        reference = name_of((kind, *DEFAULT[1:]))
-        if reference not in group:
-            continue
-        accuracy = accuracy_table(group, budgets)[reference]
-        counts = [value > SHARE_THAT_COUNTS * backbone_accuracy for value in accuracy]
-        rows = {}
-        for name, difference in paired_differences(group, reference, budgets).items():
-            lows = [-high for high, use in zip(difference.high, counts, strict=True) if use and not math.isnan(high)]
-            if lows:
-                rows[name] = {"least_lower_bound": min(lows), "largest_lower_bound": max(lows)}
-        claims[kind] = {
-            "leads": rows,
-            "not_beaten": all(row["least_lower_bound"] >= NOT_WORSE for row in rows.values()),
-            "ahead_somewhere": [name for name, row in rows.items() if row["largest_lower_bound"] > 0],
-        }
-    return claims
+def _claim(differences: Mapping[str, Difference], counts: Sequence[bool]) -> dict[str, Any]:
+    """The least and the largest lower bound of the default policy's lead over each other method, at the budgets that
+    count; ``differences`` are the others' from it."""
+    rows = {}
+    for name, difference in differences.items():
+        lows = [-high for high, use in zip(difference.high, counts, strict=True) if use and not math.isnan(high)]
+        if lows:
+            rows[name] = {"least_lower_bound": min(lows), "largest_lower_bound": max(lows)}
+    return {
+        "leads": rows,
+        "not_beaten": all(row["least_lower_bound"] >= NOT_WORSE for row in rows.values()),
+        "ahead_somewhere": [name for name, row in rows.items() if row["largest_lower_bound"] > 0],
+    }
 
 
 def to_markdown(summary: Mapping[str, Any], title: str) -> str:

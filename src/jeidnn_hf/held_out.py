@@ -6,7 +6,6 @@ ensemble weights learned on held-out images are calibrated (both work from logit
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +16,7 @@ from .calibration import fit_temperatures
 from .exits import exit_distribution, exit_probability, uncertainty_statistics
 from .gates import ExitPolicy
 from .heads import GeometricEnsemble
-from .objectives import expected_cost, leave_or_go_on_loss, task_cost, total_cost
+from .objectives import draw_log_uniform, expected_cost, leave_or_go_on_loss, relative_cost, task_cost
 
 
 def fit_ensemble(ensemble: GeometricEnsemble, members: Tensor, labels: Tensor, pull: float = 0.3) -> None:
@@ -94,10 +93,8 @@ def fit_gates(
     for step in range(steps):
         lams = lam
         if low < high:
-            draw = torch.rand(len(labels), generator=generator, device=logits.device)
-            lams = torch.exp(math.log(low) + draw * math.log(high / low))
-        scale = torch.as_tensor(1 + lams, dtype=task.dtype, device=task.device)
-        cost = total_cost(task, mul_adds, lams) / scale[..., None]
+            lams = draw_log_uniform(low, high, logits, generator)
+        cost = relative_cost(task, mul_adds, lams)
         gate_logits = policy.gates(statistics, lams)
         gates = gate_logits.sigmoid()
         loss = expected = expected_cost(cost, exit_distribution(gates, policy.form))

@@ -6,6 +6,8 @@ gate logits and targets ``(B, L-1)``, Mul-Adds normalised by the backbone's ``(L
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,6 +47,18 @@ def total_cost(task: Tensor, mul_adds: Tensor, lam: float | Tensor) -> Tensor:
     """C^l = task cost + lambda IC^l_norm (Eq. 5), ``(B, L)``; lambda may differ from sample to sample."""
     lam = torch.as_tensor(lam, dtype=task.dtype, device=task.device)
     return task + lam[..., None] * mul_adds.to(task.dtype)
+
+
+def draw_log_uniform(low: float, high: float, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """A lambda for each of ``like``'s rows, ``(B,)``, uniform in the logarithm over [low, high]."""
+    draw = torch.rand(len(like), generator=generator, device=like.device)
+    return torch.exp(math.log(low) + draw * math.log(high / low))
+
+
+def relative_cost(task: Tensor, mul_adds: Tensor, lam: float | Tensor) -> Tensor:
+    """C^l / (1 + lambda), so that of many lambdas the dear ones do not rule; shapes as of `total_cost`."""
+    scale = torch.as_tensor(1 + lam, dtype=task.dtype, device=task.device)
+    return total_cost(task, mul_adds, lam) / scale[..., None]
 
 
 def expected_cost(cost: Tensor, distribution: Tensor) -> Tensor:

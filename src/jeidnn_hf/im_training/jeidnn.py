@@ -3,7 +3,6 @@ least, and IMs learn on the samples that the gates send them, in turns."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,9 +11,11 @@ from torch import Tensor
 from ..objectives import (
     cancelling_cost,
     class_imbalance_weights,
+    draw_log_uniform,
     expected_cost,
     gate_loss,
     gate_targets,
+    relative_cost,
     task_cost,
     total_cost,
 )
@@ -69,13 +70,9 @@ class JEIDNN(Plain):
 
 def draw_lambda(config, labels: Tensor) -> float | Tensor:
     """The lambda of a checkpoint; of one for a range, ``(B,)`` uniform in the logarithm, from torch's generator."""
-    if not config.has_lam_range:
-        return config.current_lam
-    low, high = config.lam
-    return low * torch.rand(len(labels), device=labels.device).mul(math.log(high / low)).exp()
+    return draw_log_uniform(*config.lam, labels) if config.has_lam_range else config.current_lam
 
 
 def scaled_cost(task: Tensor, costs: Tensor, lam: float | Tensor, config) -> Tensor:
-    """C^l (Eq. 5), ``(B, L)``; of a range of lambdas divided by 1 + lambda, so that the dear ones do not rule."""
-    cost = total_cost(task, costs, lam)
-    return cost / (1 + lam)[:, None] if config.has_lam_range else cost
+    """C^l (Eq. 5), ``(B, L)``; of a range of lambdas, C^l / (1 + lambda)."""
+    return (relative_cost if config.has_lam_range else total_cost)(task, costs, lam)

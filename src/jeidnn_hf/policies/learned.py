@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..configuration_jeidnn import RECIPES
 from ..exits import (
     EXIT_RULES,
     GATE_FORMS,
@@ -24,7 +25,7 @@ from ..held_out import fit_gates
 from ..record import ExitRecord
 from .budgets import check_budget, largest_within
 
-LAMBDAS = (0.003, 3.0)
+LAMBDAS = tuple(RECIPES["default"]["lam"])
 """The range of lambdas in which a budget looks for its own."""
 
 
