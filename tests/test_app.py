@@ -24,6 +24,7 @@ from jeidnn_hf import JEIDNNConfig, JEIDNNForImageClassification
 from jeidnn_hf.cli import main
 from jeidnn_hf.curve import AccuracyCostCurve
 from jeidnn_hf.operating_point import OperatingPoint
+from jeidnn_hf.policies import ConfidenceThreshold
 from jeidnn_hf.preprocessing import Preprocessing
 from jeidnn_hf.space import SDK_VERSION, space_files, space_id
 from jeidnn_hf.splits import SplitInfo
@@ -436,3 +437,12 @@ def test_in_a_browser_the_slider_moves_the_exit_and_the_point(ranged, tmp_path):
             assert "calibrated at λ = 0.1 alone" in text("jeidnn-set")
         asked = driver.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
         assert asked and all(name.startswith(url) for name in asked)
+
+
+def test_a_model_that_leaves_without_gates_is_refused(tmp_path):
+    model = small_model()
+    exits = model.backbone.num_exits
+    model.set_policy(ConfidenceThreshold(torch.ones(exits), 0.5))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^Expected a model with policy='gates', .* but .* has 'threshold'\.$"):
+        page.load(tmp_path)

@@ -138,13 +138,17 @@ def load(
     """A saved model, of a folder or of the Hub, and its curve: the ``curve.json`` beside it, else from its run folder.
 
     Raises:
-        ValueError, OSError: as `from_pretrained`; a model of several labels or of numbers; a curve of another model.
+        ValueError, OSError: as `from_pretrained`; a model of several labels or of numbers, or without gates; a curve of
+            another model.
     """
     where = {"revision": revision, "subfolder": subfolder}
     model = JEIDNNForImageClassification.from_pretrained(name, **where)
     if not model.config.has_classes or model.config.preprocessing is None:
         got = f"problem_type {model.config.problem_type!r}" if model.config.preprocessing else "no preprocessing"
         raise ValueError(f"Expected a model that gives pictures one label, but {str(name)!r} has {got}.")
+    if model.config.policy != "gates":
+        got = model.config.policy
+        raise ValueError(f"Expected a model with policy='gates', whose values it shows, but {str(name)!r} has {got!r}.")
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     path = fetch(name, CURVE_NAME, where)
