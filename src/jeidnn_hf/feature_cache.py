@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .backbones import StagedBackbone, fingerprint
 from .data import ImageView, Preprocessing
-from .feature_file import FORMAT, FeatureFile, gather, header_of, touched
+from .feature_file import FORMAT, FeatureFile, drop_pages, gather, header_of
 from .files import clear_write_errors
 from .processes import gathered, in_each, rank_and_number
 from .sources import Source
@@ -227,10 +227,10 @@ class FeatureCache:
         """Mean and standard deviation of every feature over the rows, ``(sum_l d_l,)`` float32 each."""
         total, squares = torch.zeros(2, self.features.shape[1], dtype=torch.float64)
         for rows in self.features.split(chunk):
-            touched(rows.nbytes)
             rows = rows.double()
             total += rows.sum(0)
             squares += rows.square().sum(0)
+            drop_pages()
         mean = total / len(self)
         return mean.float(), (squares / len(self) - mean.square()).clamp_min(0).sqrt().float()
 

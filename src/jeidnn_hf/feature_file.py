@@ -23,34 +23,46 @@ FORMAT = {"version": 2, "block_rows": 256}
 """The entry "format" in the key of a file that has checksums."""
 
 RESIDENT_BYTES = 512 * 2**20
-"""Pages of mapped files that may be in this process's memory, about."""
+"""So much of mapped files may be in this process's memory, about."""
 
-_NEIGHBOURS = 2**16  # a fault maps this much around it, where the disk's cache has it
+_ROWS_AT_ONCE = 64  # a row may bring up to 2 MB of its neighbours into memory
 _TYPES = {"F16": torch.float16, "F32": torch.float32, "I64": torch.int64}
 _ROW_WISE = ("features", "labels", "index")  # in the order of the checksum
 
 _mapped: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
-_touched = 0
+_least = float("inf")  # bytes of files in memory, since the last time that pages were dropped
 
 
-def touched(size: int) -> None:
-    """Counts bytes read from mapped files; past ``RESIDENT_BYTES`` their pages go, to be read again where needed.
+def drop_pages() -> None:
+    """Takes the pages of mapped files out of this process's memory, once ``RESIDENT_BYTES`` have come in.
 
-    They stay in the disk's cache while there is room. Where the system has no such call, it does without.
+    They stay in the disk's cache while there is room. On Linux; elsewhere the system alone decides what stays.
     """
-    global _touched
-    _touched += size
-    if _touched > RESIDENT_BYTES:
-        _touched = 0
-        if hasattr(mmap, "MADV_DONTNEED"):
-            for mapping in list(_mapped):
-                mapping.madvise(mmap.MADV_DONTNEED)
+    global _least
+    resident = _resident()
+    _least = min(_least, resident)
+    if resident - _least > RESIDENT_BYTES:
+        for mapping in list(_mapped):
+            mapping.madvise(mmap.MADV_DONTNEED)
+        _least = _resident()
+
+
+def _resident() -> int:
+    """Bytes of files in this process's memory, 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            return int(file.read().split()[2]) * mmap.PAGESIZE
+    except OSError:
+        return 0
 
 
 def gather(features: Tensor, rows: Tensor) -> Tensor:
     """A copy of rows ``(B,)`` of a mapped matrix ``(N, D)``, in any order."""
-    touched(len(rows) * (features.shape[1] * features.itemsize + _NEIGHBOURS))
-    return features[rows]
+    gathered = features.new_empty(len(rows), features.shape[1])
+    for part, target in zip(rows.split(_ROWS_AT_ONCE), gathered.split(_ROWS_AT_ONCE), strict=True):
+        torch.index_select(features, 0, part, out=target)
+        drop_pages()
+    return gathered
 
 
 def checksum(*parts: Any) -> int:
@@ -149,9 +161,9 @@ class FeatureFile:
         with memoryview(self._bytes) as view:
             for block, expected in enumerate(self.checksums.tolist()):
                 ranges = [self._range(name, block) for name in _ROW_WISE]
-                touched(sum(stop - start for start, stop in ranges))
                 if not expected or checksum(*(view[start:stop] for start, stop in ranges)) != expected:
                     wrong.append(block)
+                drop_pages()
         return wrong
 
     def write_block(self, block: int, features: Tensor, labels: Tensor, index: Tensor) -> None:
