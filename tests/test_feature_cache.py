@@ -689,6 +689,10 @@ def test_ranges_tensors_and_arrays_are_rows_too(numbered):
     cached, expected = CachedFeatures(numbered[:2]), [[0], [10], [160]]
     for rows in ([0, 1, 13], torch.tensor([0, 1, 13]), np.array([0, 1, 13])):
         assert cached.__getitems__(rows)["exit_features"][:, :1].tolist() == expected
+    many = torch.arange(14).repeat(21)  # more than are read at once
+    assert torch.equal(
+        cached.__getitems__(many)["exit_features"], cached.__getitems__(range(14))["exit_features"].repeat(21, 1)
+    )
     assert cached.__getitems__(range(6, 8))["exit_features"][:, 0].tolist() == [60, 100]
 
 

@@ -163,6 +163,8 @@ def test_processes_that_work_together(alone, tmp_path):
     assert (main["resumed"], other["resumed"]) == (16, 16)  # the four blocks that rank 1 had not written
     assert file_in(tmp_path / "failed") == alone
     for found in (main, other):
-        assert found["different"].startswith("ValueError: Expected the same backbone, images and view in every process")
+        assert found["different"] == (
+            "ValueError: Expected features with the same ['backbone'] in every process, but got different ones."
+        )
     assert "process 1 got a WriteError" in main["unlike folders"]
     assert "No such file" in other["unlike folders"] and ".partial" in other["unlike folders"]

@@ -12,7 +12,6 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from .backbones import StagedBackbone, fingerprint
 from .data import ImageView, Preprocessing
 from .feature_file import FORMAT, FeatureFile, drop_pages, gather, header_of
 from .files import clear_write_errors
-from .processes import gathered, in_each, rank_and_number
+from .processes import in_each, rank_and_number
 from .sources import Source
 from .splits import Splits
 
@@ -83,16 +82,19 @@ def cache_features(
         raise ValueError(f"Expected dtype float16 or float32, but got {dtype}.")
     if len(images.views) != 1:
         raise ValueError(f"Expected images in one view, but got {len(images.views)}; cache each by itself.")
-    key = cache_key(backbone, images, split, dtype)
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    if len(set(gathered(name))) > 1:
-        raise ValueError("Expected the same backbone, images and view in every process, but got different ones.")
     folder = Path(folder)
-    path = folder / f"features-{name}.safetensors"
-    with clear_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"features-{name}.lock") if rank_and_number()[0] == 0 else nullcontext():
-        _extract(backbone, images, key, path, dtype, batch_size, description)
+
+    def prepare() -> dict[str, Any]:
+        with clear_write_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        return cache_key(backbone, images, split, dtype)
+
+    keys = in_each(prepare)
+    key = keys[0]
+    if other := sorted(name for name in key if any(each[name] != key[name] for each in keys)):
+        raise ValueError(f"Expected features with the same {other} in every process, but got different ones.")
+    path = folder / f"features-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.safetensors"
+    _extract(backbone, images, key, path, dtype, batch_size, description)
     return FeatureCache(path, key)
 
 
@@ -122,12 +124,21 @@ def cached_role(
 
 def _extract(backbone, images, key, path: Path, dtype, batch_size: int, description: str) -> None:
     """Writes the file, unless it is there; processes that work together share its blocks, the main one says which."""
-    partial, (rank, processes) = path.with_suffix(".partial"), rank_and_number()
-    missing = rank == 0 and not path.exists()
-    todo, *_ = in_each(lambda: _start(partial, len(images), key, dtype, description) if missing else None)
-    if todo is not None:
-        in_each(lambda: _write(backbone, images, partial, todo[rank::processes], dtype, batch_size, description))
-        in_each(lambda: partial.replace(path) if rank == 0 else None)
+    lock, partial = FileLock(path.with_suffix(".lock")), path.with_suffix(".partial")
+    rank, processes = rank_and_number()
+
+    def start() -> list[int] | None:
+        if rank == 0:
+            lock.acquire()
+            return None if path.exists() else _start(partial, len(images), key, dtype, description)
+
+    try:
+        todo, *_ = in_each(start)
+        if todo is not None:
+            in_each(lambda: _write(backbone, images, partial, todo[rank::processes], dtype, batch_size, description))
+            in_each(lambda: partial.replace(path) if rank == 0 else None)
+    finally:
+        lock.release()
 
 
 def _start(partial: Path, rows: int, key: dict[str, Any], dtype: torch.dtype, description: str) -> list[int]:
