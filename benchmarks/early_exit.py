@@ -72,7 +72,7 @@ def measure(model: JEIDNNForImageClassification, batch_size: int, repetitions: i
     def early(schedule_of):
         for pixels, exits_of in batches:
             model.policy.schedule = schedule_of(exits_of)
-            model._folded[1][1].schedule = model.policy.schedule
+            model._folded.pair[1].schedule = model.policy.schedule
             taken.append(model(pixels).exit_index)
 
     runs = {
@@ -93,7 +93,7 @@ def measure(model: JEIDNNForImageClassification, batch_size: int, repetitions: i
                 started = time.perf_counter()
                 run()
                 seconds[name].append(time.perf_counter() - started)
-    cost = float(model.normalised_mul_adds[schedule].mean())
+    cost = float(model.normalised_costs[schedule].mean())
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     time_share = medians["early exit"] / medians["bare"]
     ratios = sorted(a / b for a, b in zip(seconds["early exit"], seconds["bare"], strict=True))
@@ -125,8 +125,8 @@ def main() -> None:
                 row |= measure(model, batch_size, options.repetitions * (2 if batch_size == 1 else 1))
                 results.append(row)
                 print(
-                    "{case:<36} batch {batch_size:>2}, {threads} threads: {mul_adds:.2f} of the Mul-Adds in {time:.2f} of "
-                    "the time, {realised_saving:.2f} of the saving; exits add {exits_extra:.1%} when nobody "
+                    "{case:<36} batch {batch_size:>2}, {threads} threads: {mul_adds:.2f} of the Mul-Adds in {time:.2f} "
+                    "of the time, {realised_saving:.2f} of the saving; exits add {exits_extra:.1%} when nobody "
                     "leaves".format(**row),
                     flush=True,
                 )

@@ -143,7 +143,7 @@ class JEIDNNTrainer(Trainer):
         if epoch == self._weighed_epoch:
             return
         logits, labels = collect_logits(self.model, self.eval_dataset, members=True)
-        self.im_training.weigh_classes(logits, labels, self.model.normalised_mul_adds.cpu(), self.model.config)
+        self.im_training.weigh_classes(logits, labels, self.model.normalised_costs.cpu(), self.model.config)
         self._weighed_epoch = epoch
 
     # Optimiser and schedule.
@@ -215,7 +215,7 @@ class JEIDNNTrainer(Trainer):
         with torch.no_grad():
             logits = model.heads.answers(members)
         losses = fit_gates(
-            model.policy, logits, labels, model.normalised_mul_adds, model.config.lam,
+            model.policy, logits, labels, model.normalised_costs, model.config.lam,
             kind=model.config.task_cost, steps=args.gate_steps, seed=args.seed,
         )  # fmt: skip
         self.log({"gate_fit_first_cost": losses[0], "gate_fit_last_cost": losses[-1]})
@@ -229,7 +229,7 @@ class JEIDNNTrainer(Trainer):
         config, policy = self.model.config, self.model.policy
         device = next(policy.parameters()).device
         logits, labels, lam = logits.to(device), labels.to(device), config.current_lam
-        costs = self.model.normalised_mul_adds
+        costs = self.model.normalised_costs
         chosen, distribution, gates = policy(logits, lam)
         chosen = chosen[:, None]
         right = (logits.argmax(-1) == labels[:, None]).float()

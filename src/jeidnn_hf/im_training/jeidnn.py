@@ -40,7 +40,7 @@ class JEIDNN(Plain):
         if phase is Phase.WARMUP:
             return super().loss(model, features, labels, phase)
         config, lam = model.config, draw_lambda(model.config, labels)
-        costs = model.normalised_mul_adds
+        costs = model.normalised_costs
         if phase is Phase.GATE:
             with torch.no_grad():
                 logits = model.heads.members(features)
