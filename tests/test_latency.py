@@ -100,7 +100,7 @@ def test_gates_fitted_to_time_know_what_is_slow(model):
     slow = table_of([0.1, *(1 + 0.001 * l for l in range(8))])
     for costs, expected in ((slow, True), (table_of(1 + 0.001 * l for l in range(9)), False)):
         timed = ExitRecord(record.logits, record.logits[:, -1].argmax(-1), costs, record.split)
-        policy = LearnedGates.fit(timed, lam=1.2, steps=100, gates="linear")
+        policy = LearnedGates.fit(timed, lam=1.2, steps=100)
         leaves_first = policy.decide(record.logits).eq(0).float().mean() > 0.9
         assert bool(leaves_first) is expected
 

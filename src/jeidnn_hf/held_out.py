@@ -91,7 +91,7 @@ def fit_gates(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
     for step in range(steps):
-        lams = lam
+        lams = low
         if low < high:
             lams = draw_log_uniform(low, high, logits, generator)
         cost = relative_cost(task, mul_adds, lams)
