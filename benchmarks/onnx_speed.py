@@ -43,7 +43,9 @@ def model_and_images(options: dict, pool: int, share: float) -> tuple[JEIDNNForI
     model = JEIDNNForImageClassification(JEIDNNConfig(**config)).eval()
     size = model.backbone.image_size
     coarse = torch.randn(pool, 3, 4, 4)
-    images = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic") + 0.1 * torch.randn(1, 3, size, size)
+    images = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic") + 0.1 * torch.randn(
+        1, 3, size, size
+    )
     features = [torch.cat(z) for z in zip(*(model.backbone(x) for x in images.split(32)), strict=True)]
     for head, z in zip(model.heads.modules_by_exit, features, strict=True):
         head.weight.normal_().mul_(2 / z.std(0).mean().clamp_min(1e-6) / z.shape[1] ** 0.5)
@@ -107,7 +109,9 @@ def rows_of(name: str, repetitions: int, pool: int) -> list[dict]:
                     })  # fmt: skip
                     shown = ", ".join(f"{key} {value:.2f}" for key, value in rows[-1]["ms_per_image"].items())
                     print(
-                        "{model:<19} {case:<13} ({mul_adds:.2f}) batch {batch:>2}, threads {threads}: ".format(**rows[-1])
+                        "{model:<19} {case:<13} ({mul_adds:.2f}) batch {batch:>2}, threads {threads}: ".format(
+                            **rows[-1]
+                        )
                         + f"{shown} ms, "
                         + "{pytorch_over_onnx:.2f} x, {fastest_pytorch_over_onnx:.2f} x; same {same_exits:.3f}".format(
                             **rows[-1]
@@ -128,7 +132,9 @@ def main() -> None:
     if options.output:
         versions = {name: version(name) for name in ("torch", "onnx", "onnxruntime", "onnxscript", "timm")}
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps({"versions": versions, "denominator": "model(pixels)", "rows": rows}, indent=1))
+        options.output.write_text(
+            json.dumps({"versions": versions, "denominator": "model(pixels)", "rows": rows}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,9 +146,12 @@ def export_all_exits(model: JEIDNNForImageClassification, path: str | Path) -> N
 
 
 def check_exportable(model: JEIDNNForImageClassification, format: str = "onnx") -> None:
-    """A ValueError for a model whose exits cannot be written down as a graph."""
+    """A ValueError for a model whose exits cannot be written down as a graph, an ImportError where onnx is missing."""
     if format not in FORMATS:
         raise ValueError(f"Expected a format among {tuple(FORMATS)}, but got {format!r}.")
+    missing = [name for name in ("onnx", "onnxscript") if format == "onnx" and find_spec(name) is None]
+    if missing:
+        raise ImportError(f"Expected {' and '.join(missing)} to write ONNX; pip install 'jeidnn-hf[onnx]'.")
     policy = model.policy
     if isinstance(policy, RandomExits):
         raise ValueError("Expected a policy that decides without chance, but got 'random'; set another one.")

@@ -139,7 +139,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"Expected a manifest at {str(path)!r}, but it cannot be read: {error}.") from error
     version = manifest.get("version") if isinstance(manifest, dict) else None
     if version != MANIFEST_VERSION:
-        raise ValueError(f"Expected a manifest of version {MANIFEST_VERSION}, but got {version}; export the model again.")
+        raise ValueError(
+            f"Expected a manifest of version {MANIFEST_VERSION}, but got {version}; export the model again."
+        )
     if missing := [name for name in REQUIRED if name not in manifest]:
         raise ValueError(f"Expected {missing} in {str(path)!r}, but it has none; export the model again.")
     segments = manifest["segments"]
