@@ -311,7 +311,6 @@ def test_push_space(ranged, tmp_path):
     curve_of(ranged).save(tmp_path / "model")
     arguments = ["push", str(tmp_path / "model"), "org/small", "--subfolder", "lam", "--revision", "v1", "--space"]
     with LocalHub() as hub:
-
         def run(*command: str, token: str | None = None) -> str:
             env = hub.env(tmp_path / (token or "reader"), token, GRADIO_ANALYTICS_ENABLED="False")
             done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=120)
@@ -340,7 +339,9 @@ def test_push_space(ranged, tmp_path):
 
 def test_a_space_is_not_pushed_with_a_readers_token(tmp_path):
     script = (
-        "from jeidnn_hf.space import push_space\ntry: push_space('org/small')\nexcept OSError as error: print(error)"
+        "from jeidnn_hf.space import push_space\n"
+        "try: push_space('org/small')\n"
+        "except OSError as error: print(error)"
     )
     with LocalHub() as hub:
         env = hub.env(tmp_path, LocalHub.READ)
@@ -397,7 +398,6 @@ def test_in_a_browser_the_slider_moves_the_exit_and_the_point(ranged, tmp_path):
     features, lams = page.exit_features(ranged, picture), page.slider_lambdas(ranged)
     (tmp_path / "page.png").write_text("<!DOCTYPE html>")
     with served(tmp_path / "model") as url, browser() as driver:
-
         def text(name: str) -> str | None:
             """Of an element by its id, None where there is none (yet)."""
             return driver.execute_script("return document.getElementById(arguments[0])?.textContent ?? null", name)

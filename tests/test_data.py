@@ -84,13 +84,8 @@ def test_preprocessing_round_trip_and_fingerprint():
 @pytest.mark.parametrize(
     "change",
     [
-        {"size": 0},
-        {"crop_pct": 1.2},
-        {"interpolation": "cubic"},
-        {"channels": 2},
-        {"mean": (0, 0)},
-        {"std": (0, 1, 1)},
-        {"crop_mode": "border"},
+        {"size": 0}, {"crop_pct": 1.2}, {"interpolation": "cubic"}, {"channels": 2}, {"mean": (0, 0)},
+        {"std": (0, 1, 1)}, {"crop_mode": "border"},
     ],
 )
 def test_preprocessing_refuses(change):

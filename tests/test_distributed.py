@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from jeidnn_hf import JEIDNNTrainingArguments
 
-SCRIPT = """
+SCRIPT = '''
 import json
 import sys
 from pathlib import Path
@@ -92,7 +92,7 @@ for view in (None, 0):
     note(f"evaluation.features.{view}", cached.views[0].features)
 note("rows.features", rows_seen())
 save_file(found, folder / f"{processes}-{state.process_index}.safetensors")
-"""
+'''
 
 
 @pytest.fixture(scope="module")

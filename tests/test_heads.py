@@ -23,7 +23,9 @@ def seeded():
     torch.manual_seed(0)
 
 
-def heads_of(kind: str, ensemble: bool = False, standardize: bool = False, native: bool = True, **options) -> ExitHeads:
+def heads_of(
+    kind: str, ensemble: bool = False, standardize: bool = False, native: bool = True, **options
+) -> ExitHeads:
     """Heads in float64 at four exits, nothing at its starting value."""
     dims = (*DIMS, CLASSES if native else 3)
     heads = ExitHeads(dims, CLASSES, kind, HIDDEN, native, ensemble, standardize, **options).double()

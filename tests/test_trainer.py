@@ -62,10 +62,7 @@ def data(images, tmp_path_factory):
                 CachedFeatures(
                     [
                         cache_features(
-                            model.backbone,
-                            ImageView(images, rows, PREPROCESSING, views=(view,)),
-                            role,
-                            folder,
+                            model.backbone, ImageView(images, rows, PREPROCESSING, views=(view,)), role, folder,
                             dtype=torch.float32,
                         )  # fmt: skip
                         for view in views

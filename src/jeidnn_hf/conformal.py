@@ -212,7 +212,9 @@ def exit_groups(chosen: Tensor, num_exits: int, min_samples: int = 100) -> list[
     return groups
 
 
-def prediction_sets(probs: Tensor, chosen: Tensor, thresholds: Tensor, score: ConformalScore | None = None) -> Tensor:
+def prediction_sets(
+    probs: Tensor, chosen: Tensor, thresholds: Tensor, score: ConformalScore | None = None
+) -> Tensor:
     """``{k : s(x, k) <= threshold of the exit taken}`` as a mask ``(N, K)``; probs ``(N, L, K)``, chosen ``(N,)``."""
     taken = probs[torch.arange(len(chosen), device=probs.device), chosen]
     return (score or ConformalScore())(taken) <= thresholds[chosen][:, None]

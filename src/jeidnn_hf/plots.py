@@ -130,7 +130,9 @@ def plot_conformal_methods(
 # ---- of one operating point per method
 
 
-def plot_decomposition(reports: Mapping[str, EvaluationReport], path: PathLike = None, *, title: str = "") -> Figure:
+def plot_decomposition(
+    reports: Mapping[str, EvaluationReport], path: PathLike = None, *, title: str = ""
+) -> Figure:
     """Accuracy of each exit (a) on the samples that leave there and (b) on all; the area of a marker is the share of
     samples that leave, the dotted line the final accuracy (Figures 3, 17 and 18)."""
     figure, panels = new_panels(2, title, sharey=True)
@@ -193,7 +195,9 @@ def plot_reliability(reports: Mapping[str, EvaluationReport], path: PathLike = N
 # ---- others
 
 
-def plot_miscoverage(curves: AnyCurves, path: PathLike = None, *, sets: str = "grouped", title: str = "") -> Figure:
+def plot_miscoverage(
+    curves: AnyCurves, path: PathLike = None, *, sets: str = "grouped", title: str = ""
+) -> Figure:
     """Empirical miscoverage, averaged over a method's operating points and seeds, against the alpha that was asked for
     (Figure 5c)."""
     curves, _ = _by_seed(curves)
@@ -245,7 +249,8 @@ Measure = Callable[[EvaluationReport], tuple[float, Sequence[float] | None] | No
 
 def _draw_against_cost(axes: Axes, curves: Curves, measure: Measure) -> int:
     return sum(
-        _draw_curve(axes, seeds, measure, _with_seeds(name, seeds), i) for i, (name, seeds) in enumerate(curves.items())
+        _draw_curve(axes, seeds, measure, _with_seeds(name, seeds), i)
+        for i, (name, seeds) in enumerate(curves.items())
     )
 
 

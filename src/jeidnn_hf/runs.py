@@ -1,10 +1,10 @@
 """A run folder: what ``examples/train.py`` left behind, and what evaluating it adds.
 
-RUN/config.yaml, RUN/splits.json        the choices, and which images play which role
-RUN/<model>/                            one saved model per run
-RUN/<model>/records/<role>-<sha>/       its answers on a role (`ExitRecord`), kept for every later question
-RUN/reports/<curve>.json                `EvaluationReport`s, see ``reports.py``
-RUN/evaluation.json                     the summary: accuracy at budgets, per method
+    RUN/config.yaml, RUN/splits.json        the choices, and which images play which role
+    RUN/<model>/                            one saved model per run
+    RUN/<model>/records/<role>-<sha>/       its answers on a role (`ExitRecord`), kept for every later question
+    RUN/reports/<curve>.json                `EvaluationReport`s, see ``reports.py``
+    RUN/evaluation.json                     the summary: accuracy at budgets, per method
 """
 
 from __future__ import annotations

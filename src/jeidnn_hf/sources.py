@@ -1,7 +1,7 @@
 """Where images come from: files, the environment's data folder, or the Hub; known data sets and any other.
 
-sources = load_source("cifar10")             # {"train": Dataset, "test": Dataset}
-splits = split_source("cifar10", sources)    # the paper's roles: 45,000 / 2,500 + 2,500 / 10,000
+    sources = load_source("cifar10")             # {"train": Dataset, "test": Dataset}
+    splits = split_source("cifar10", sources)    # the paper's roles: 45,000 / 2,500 + 2,500 / 10,000
 """
 
 from __future__ import annotations
