@@ -132,9 +132,8 @@ def main() -> None:
     if options.output:
         versions = {name: version(name) for name in ("torch", "onnx", "onnxruntime", "onnxscript", "timm")}
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(
-            json.dumps({"versions": versions, "denominator": "model(pixels)", "rows": rows}, indent=1)
-        )
+        told = {"versions": versions, "denominator": "model(pixels)", "rows": rows}
+        options.output.write_text(json.dumps(told, indent=1))
 
 
 if __name__ == "__main__":
