@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from jeidnn_hf import JEIDNNConfig, JEIDNNForImageClassification
 from jeidnn_hf.cli import main
-from jeidnn_hf.onnx_export import Live, Segment, _flatten, export, export_all_exits
+from jeidnn_hf.onnx_export import export, export_all_exits
 from jeidnn_hf.onnx_runner import MANIFEST, OnnxEarlyExit, read_manifest
 from jeidnn_hf.policies import ConfidenceThreshold, EENetScheduler, Patience, QuotaThresholds, RandomExits
 from small_models import pixels, small_model
@@ -157,14 +157,13 @@ def test_torch_export_gives_the_same(tmp_path):
         OnnxEarlyExit(tmp_path)
 
 
-def test_segments_between_active_exits_step_what_later_ones_read():
-    model = varied_model(exit_head="recurrent", ensemble=True)
-    x = pixels(model, 6)
-    with torch.no_grad():
-        expected = model(x, output_all_exits=True).all_logits
-        _, layout = _flatten(Live(x))
-        (logits,) = Segment(model, -1, 2, layout)(x)
-    assert torch.allclose(logits, expected[:, 2], atol=1e-5)
+def test_one_segment_for_each_active_exit(tmp_path):
+    model = varied_model(exit_head="recurrent", ensemble=True, gate_form="stick", exit_stages=[0, 2, 4, 8])
+    model.set_active_exits([1, 3])
+    assert [segment["exit"] for segment in export(model, tmp_path)["segments"]] == [1, 3]
+    x = pixels(model, 200, seed=3)
+    assert_same(model, OnnxEarlyExit(tmp_path), x)
+    assert set(OnnxEarlyExit(tmp_path)(x.numpy()).exit_index.tolist()) == {1, 3}
 
 
 # ---- what is refused

@@ -70,8 +70,9 @@ class Segment(nn.Module):
             state = self.backbone.stem(state)
         for l in range(self.before + 1, self.exit + 1):
             state = self.backbone.stage(l, state)
-            if l == self.exit or getattr(self.heads, "remembers", True):
-                logits, carry = self.heads.step(l, self.backbone.exit_feature(l, state), carry)
+            if l == self.exit or self.heads.remembers:
+                feature = self.backbone.exit_feature(l, state)
+                logits, carry = self.heads.step(l, feature, carry, answer=l == self.exit)
         if self.is_last:
             return logits, None, None
         leaves, policy = self.policy.step(self.exit, logits, live.policy, lam)
@@ -171,7 +172,7 @@ def describe(model: JEIDNNForImageClassification, format: str) -> dict[str, Any]
         "jeidnn_hf": __version__,
         "backbone": config.backbone,
         "input_shape": [config.num_channels, model.backbone.image_size, model.backbone.image_size],
-        "exits": list(getattr(model, "active_exits", None) or range(model.backbone.num_exits)),
+        "exits": list(model.active_exits),
         "mul_adds": model.costs.to_dict(),
         "total_mul_adds": list(model.costs.total),
         "lam_range": list(config.lam) if config.has_lam_range else None,
