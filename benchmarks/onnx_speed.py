@@ -26,8 +26,8 @@ from jeidnn_hf.onnx_runner import OnnxEarlyExit
 
 MODELS = {
     "resnet56, 9 exits": {"backbone": "resnet56_cifar", "exit_stages": list(range(2, 27, 3))},
-    "lite0 96 px": {"backbone": "tf_efficientnet_lite0", "image_size": 96},
-    "vit_tiny": {"backbone": "vit_tiny_patch16_224"},
+    "lite0 96 px, 4 exits": {"backbone": "tf_efficientnet_lite0", "image_size": 96, "exit_stages": [3, 7, 11, 15]},
+    "vit_tiny, 4 exits": {"backbone": "vit_tiny_patch16_224", "exit_stages": [2, 5, 8, 11]},
     "t2t_vit_7": {"backbone": "t2t_vit_7"},
     "resnet56, 27 exits": {"backbone": "resnet56_cifar"},
 }
@@ -70,19 +70,19 @@ def seconds(run, batches) -> float:
 
 
 @torch.no_grad()
-def rows_of(name: str, repetitions: int, pool: int) -> list[dict]:
+def rows_of(name: str, repetitions: int, pool: int, all_threads: list[int], batch_sizes: list[int]) -> list[dict]:
     model, image_sets = model_and_images(MODELS[name], pool, 0.5)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         export(model, folder)
         print(f"{name}: exported in {time.perf_counter() - started:.0f} s", flush=True)
-        for threads in (1, 2):
+        for threads in all_threads:
             torch.set_num_threads(threads)
             runner = OnnxEarlyExit(folder, threads=threads)
             for case, images in image_sets.items():
                 found, expected = runner(images.numpy()), model(images)
-                for batch in (1, 8, 64):
+                for batch in batch_sizes:
                     of_torch = list(images[: max(batch, 24)].split(batch))
                     of_numpy = [x.numpy() for x in of_torch]
                     times = {"pytorch": [], "channels_last": [], "onnx": []}
@@ -125,10 +125,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--pool", type=int, default=256, help="images that the gates are set on")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    rows = [row for name in options.models for row in rows_of(name, options.repetitions, options.pool)]
+    settings = options.repetitions, options.pool, options.threads, options.batch_sizes
+    rows = [row for name in options.models for row in rows_of(name, *settings)]
     if options.output:
         versions = {name: version(name) for name in ("torch", "onnx", "onnxruntime", "onnxscript", "timm")}
         options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ def varied_model(backbone: str = "resnet20_cifar", **options) -> JEIDNNForImageC
         parameter.normal_()
     gates.bias.zero_()
     middle = model.policy.gate_logits(model.heads(features), model.config.current_lam).median(0).values
-    gates.bias.copy_(-middle - (0.7 if model.policy.form == "cumulative" else 0.0))
+    gates.bias.copy_(-middle)
     return model
 
 
