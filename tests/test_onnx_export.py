@@ -120,7 +120,7 @@ def test_policies_step_as_in_pytorch(tmp_path, policy):
         scheduler = EENetScheduler(3, 5)
         for parameter in scheduler.parameters():
             nn.init.normal_(parameter)
-        scheduler.thresholds = torch.tensor([0.6, 0.5, 0.0])
+        scheduler.thresholds = torch.tensor([0.1, 0.95, 0.0])
         model.set_policy(scheduler)
     export(model, tmp_path)
     assert_same(model, OnnxEarlyExit(tmp_path), pixels(model, 200, seed=3))
