@@ -24,6 +24,8 @@ from torch.utils import _pytree as pytree
 
 from . import __version__
 from .files import written_whole
+from .folded import fold
+from .gates import ExitPolicy
 from .modeling_jeidnn import JEIDNNForImageClassification
 from .onnx_runner import MANIFEST, MANIFEST_VERSION, sha256_of_file
 from .policies import LearnedGates, RandomExits
@@ -55,9 +57,16 @@ class Segment(nn.Module):
     ``forward`` takes the tensors of what `step` takes, and gives those of what it gives.
     """
 
-    def __init__(self, model: JEIDNNForImageClassification, before: int, exit: int, layout: Layout | None):
+    def __init__(
+        self,
+        model: JEIDNNForImageClassification,
+        folded: tuple[Any, ExitPolicy],
+        before: int,
+        exit: int,
+        layout: Layout | None,
+    ):
         super().__init__()
-        self.backbone, self.heads, self.policy = model.backbone, model.heads, model.policy
+        self.backbone, (self.heads, self.policy) = model.backbone, folded
         self.before, self.exit, self.layout = before, exit, layout
         self.is_last = exit == model.backbone.num_exits - 1
         self.reads_lambda = _reads_lambda(model) and not self.is_last
@@ -120,10 +129,11 @@ def export(model: JEIDNNForImageClassification, folder: str | Path, format: str 
     manifest, segments = describe(model, format), []
     pixels, lam = _example(model, manifest["input_shape"])
     live, names, before = Live(pixels), ["pixel_values"], -1
+    folded = fold(model.heads, model.policy)
     with written_whole(folder) as temporary:
         for l in manifest["exits"]:
             tensors, layout = _flatten(live)
-            segment = Segment(model, before, l, layout).eval()
+            segment = Segment(model, folded, before, l, layout).eval()
             _, _, live = segment.step(live, lam)
             following = [] if live is None else ["leaves", *_names(live, l)]
             inputs, outputs = names + ["lam"] * segment.reads_lambda, ["logits", *following]
@@ -173,8 +183,8 @@ def describe(model: JEIDNNForImageClassification, format: str) -> dict[str, Any]
         "backbone": config.backbone,
         "input_shape": [config.num_channels, model.backbone.image_size, model.backbone.image_size],
         "exits": list(model.active_exits),
-        "mul_adds": model.costs.to_dict(),
-        "total_mul_adds": list(model.costs.total),
+        "mul_adds": model.exit_costs().to_dict(),
+        "total_mul_adds": list(model.exit_costs().total),
         "lam_range": list(config.lam) if config.has_lam_range else None,
         "lam": config.current_lam,
         "labels": [config.id2label[k] for k in range(config.num_labels)],
