@@ -146,7 +146,8 @@ def test_a_decision_is_its_three_parts_from_one_look_at_the_gates(form, rule, mo
 def test_gates_of_a_single_label_see_the_same_in_every_sample():
     for gates in (linear_gates(3, 1), shared_gates(3, 1)):
         decision = LearnedGates(gates, 4, "stick")(torch.randn(20, 4, 1), 0.5)
-        assert decision.gate_values.isfinite().all() and len(decision.gate_values.unique(dim=0)) == 1
+        assert decision.gate_values.isfinite().all()
+        torch.testing.assert_close(decision.gate_values, decision.gate_values[:1].expand(20, -1))
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,7 @@ class JEIDNNConfig(PreTrainedConfig):
         gate_form: `min` (Eq. 8), `cumulative` or `stick`, see `exits.exit_mass`.
         exit_rule: `conditional`, `median` or `sample`, see `policies.LearnedGates`.
         exit_threshold: in [0, 1); 0.5 in the paper.
+        active_exits: the exits, from 0, at which a sample can leave, see `set_active_exits`; None: all.
         task_cost: `cross_entropy`, `error` or `brier`.
         lam: the price of the backbone's Mul-Adds in units of the task cost; a range `[low, high]` makes
             one checkpoint serve every lambda in it.
@@ -115,6 +116,7 @@ class JEIDNNConfig(PreTrainedConfig):
     gate_form: str | None = None
     exit_rule: str = "conditional"
     exit_threshold: float = 0.5
+    active_exits: list[int] | None = None
     task_cost: str | None = None
     lam: float | list[float] | None = None
     current_lam: float | None = None
@@ -190,6 +192,10 @@ class JEIDNNConfig(PreTrainedConfig):
             raise ValueError(f"Expected image_size to be a positive integer, but got {self.image_size!r}.")
         if not isinstance(self.exit_threshold, int | float) or not 0 <= self.exit_threshold < 1:
             raise ValueError(f"Expected exit_threshold in [0, 1), but got {self.exit_threshold!r}.")
+        if self.active_exits is not None and self.policy != "gates":
+            raise ValueError(
+                f"Expected policy='gates' with active_exits, but got {self.policy!r}, which asks every exit."
+            )
         if self.mul_adds is not None:
             _check_mul_adds(self.mul_adds)
         self.lam = check_lam(self.lam)

@@ -43,8 +43,10 @@ class ExitCosts:
         return tuple(cost / self.backbone[-1] for cost in self.total)
 
     def under(self, policy: ExitPolicy, num_labels: int) -> ExitCosts:
-        """The table where this policy decides; at the last exit there is nothing to decide."""
-        each = [policy.mul_adds(num_labels)] * (len(self.gates) - 1) + [0]
+        """The table where this policy decides; at the last exit and at exits that are not active there is nothing to
+        decide."""
+        active = getattr(policy, "active", None) or range(len(self.gates))
+        each = [policy.mul_adds(num_labels) if l in active else 0 for l in range(len(self.gates) - 1)] + [0]
         return replace(self, gates=tuple(accumulate(each)))
 
     def check_same(self, shares: Sequence[float], what: str) -> None:
@@ -67,18 +69,21 @@ def exit_costs(
     policy: ExitPolicy,
     num_labels: int,
     known: Sequence[int] | None = None,
+    active: Sequence[int] | None = None,
 ) -> ExitCosts:
     """The cost table of a model. At a last exit with its native classifier there is no IM and no gate.
 
-    ``known``: the backbone's column, where it has been counted before.
+    ``known``: the backbone's column, where it has been counted before. ``active``: the exits at which a sample can
+    leave; at the others only what later ones read is computed.
     """
     exits = backbone.num_exits
-    seen = zip(backbone.exit_pooling, backbone.map_shapes, strict=True)
-    pooling = [pooling_mul_adds(names, shape) for names, shape in seen] + [0]
+    active = set(range(exits) if active is None else active)
+    seen = enumerate(zip(backbone.exit_pooling, backbone.map_shapes, strict=True))
+    pooling = [pooling_mul_adds(*read) if l in active or heads.remembers else 0 for l, read in seen] + [0]
     costs = ExitCosts(
         backbone=tuple(known or backbone_mul_adds(backbone)),
         pooling=tuple(accumulate(pooling)),
-        heads=tuple(accumulate(heads.mul_adds(l) for l in range(exits))),
+        heads=tuple(accumulate(heads.mul_adds(l, answer=l in active) for l in range(exits))),
         gates=(0,) * exits,
     )
     return costs.under(policy, num_labels)

@@ -19,19 +19,30 @@ EXIT_RULES = ("conditional", "median", "sample")
 STATISTICS = ("max_probability", "entropy", "power_entropy", "margin")
 
 
+def class_probabilities(logits: Tensor) -> Tensor:
+    """Softmax over the last dimension, laid out in memory with the classes first: sums over few classes, which all that
+    reads it takes, then run over whole vectors of samples."""
+    return logits.movedim(-1, 0).contiguous().softmax(0).movedim(0, -1)
+
+
 def uncertainty_statistics(probs: Tensor) -> Tensor:
     """The gate's input m(x) of App. 9.9: ``[max p, H(p), H(p^2 / sum p^2), p_(1) - p_(2)]``, entropies in nats.
 
     Args:
-        probs: class probabilities ``(..., K)``. A single class has a runner-up of probability 0.
+        probs: class probabilities ``(..., K)``, fastest as `class_probabilities` gives them. A single class has a
+            runner-up of probability 0.
 
     Returns:
         ``(..., 4)``, in the order of ``STATISTICS``. Differentiable, also where a probability underflows to 0.
     """
-    sharpened = probs.square()
-    sharpened = sharpened / sharpened.sum(-1, keepdim=True)
-    top, *runner_up = probs.topk(min(2, probs.shape[-1]), dim=-1).values.unbind(-1)
-    return torch.stack([top, entropy(probs), entropy(sharpened), top - sum(runner_up)], dim=-1)
+    probs = probs.movedim(-1, 0).contiguous()
+    surprise = -probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
+    squares = probs.square()
+    power = squares.sum(0)
+    power_entropy = power.log() + 2 * (squares * surprise).sum(0) / power
+    top, at = probs.max(0, keepdim=True)
+    runner_up = probs.scatter(0, at, 0.0).amax(0)
+    return torch.stack([top[0], (probs * surprise).sum(0), power_entropy, top[0] - runner_up], dim=-1)
 
 
 def entropy(probs: Tensor) -> Tensor:

@@ -161,13 +161,14 @@ class SharedGates(nn.Module):
     def forward(self, statistics: Tensor, lam: Lambda = None, exits: slice | int = slice(None)) -> Tensor:
         """As ``LinearGates.forward``; lambda a number or ``(B,)``."""
         maximum, entropy, power_entropy, margin = statistics.unbind(-1)
-        log_lam = self._scaled_log(lam, statistics).reshape(-1, *[1] * (statistics.dim() - 2)).expand_as(margin)
+        log_lam = self.scaled_log(lam, statistics).reshape(-1, *[1] * (statistics.dim() - 2)).expand_as(margin)
         inputs = [maximum, entropy * self.entropy_scale, power_entropy * self.entropy_scale, margin, log_lam]
         embedding = self.embedding.weight[exits].expand(*margin.shape, -1)
         inputs = torch.cat([torch.stack(inputs, dim=-1), embedding], dim=-1)
         return self.layers(inputs).squeeze(-1) + self.bias[exits]
 
-    def _scaled_log(self, lam: Lambda, like: Tensor) -> Tensor:
+    def scaled_log(self, lam: Lambda, like: Tensor) -> Tensor:
+        """log lambda scaled to [-1, 1] over its range, one for each of ``like``'s rows."""
         low, high = map(math.log, self.lam_range)
         if low == high:
             return like.new_zeros(len(like))

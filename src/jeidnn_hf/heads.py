@@ -188,8 +188,17 @@ class ExitHeads(nn.Module):
         self.modules_by_exit = nn.ModuleList(_head(kind, d, num_labels, head_dim, not l) for l, d in enumerate(read))
         self.ensemble = GeometricEnsemble(len(exit_dims), num_labels) if ensemble else None
 
-    def step(self, l: int, z: Tensor, carry: Carry | None = None) -> tuple[Tensor, Carry]:
-        """Exit l (0-based): feature ``(B, d_l)`` and carry to logits ``(B, K)`` and the next carry."""
+    @property
+    def remembers(self) -> bool:
+        """Whether later exits read what this one computes."""
+        is_recurrent = any(isinstance(head, RecurrentHead) for head in self.modules_by_exit)
+        return is_recurrent or any(part is not None for part in (self.ensemble, self.links, self.boosting))
+
+    def step(self, l: int, z: Tensor, carry: Carry | None = None, answer: bool = True) -> tuple[Tensor, Carry]:
+        """Exit l (0-based): feature ``(B, d_l)`` and carry to logits ``(B, K)`` and the next carry.
+
+        ``answer=False``: nobody looks at these logits, they may be those of the member alone.
+        """
         carry = carry or Carry()
         logits, hidden = self._member(l, z, carry.hidden, carry.own)
         own = None if self.links is None else logits
@@ -201,7 +210,8 @@ class ExitHeads(nn.Module):
         log_probs = self.ensemble.log_probs(l, logits)[:, None]
         if carry.log_probs is not None:
             log_probs = torch.cat([carry.log_probs, log_probs], dim=1)
-        return self.ensemble.combine(l, log_probs), Carry(hidden, log_probs, own)
+        combined = self.ensemble.combine(l, log_probs) if answer else logits
+        return combined, Carry(hidden, log_probs, own)
 
     def members(self, features: Sequence[Tensor]) -> Tensor:
         """Every exit's own logits o^l, ``(B, L, K)``, before ensemble and boosting."""
@@ -229,9 +239,16 @@ class ExitHeads(nn.Module):
         links = [] if self.links is None else self.links.parameters()
         return [*self.modules_by_exit.parameters(), *links]
 
-    def mul_adds(self, l: int) -> int:
-        """Mul-Adds of exit l alone: standardisation, IM with its link (5 K for a LayerNorm), ensemble or boosting."""
-        count = self.ensemble.mul_adds(l) if self.ensemble is not None else 0
+    def mul_adds(self, l: int, answer: bool = True) -> int:
+        """Mul-Adds of exit l alone: standardisation, IM with its link (5 K for a LayerNorm), ensemble or boosting.
+
+        ``answer=False``: of what later exits read.
+        """
+        if not answer and not self.remembers:
+            return 0
+        count = 0
+        if self.ensemble is not None:
+            count += self.ensemble.mul_adds(l) if answer else self.num_labels
         count += self.num_labels if self.boosting is not None and l else 0
         if l < len(self.modules_by_exit):
             count += self.modules_by_exit[l].mul_adds

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .calibration import fit_temperatures
-from .exits import exit_distribution, exit_probability, uncertainty_statistics
+from .exits import class_probabilities, exit_distribution, exit_probability, uncertainty_statistics
 from .gates import ExitPolicy
 from .heads import GeometricEnsemble
 from .objectives import draw_log_uniform, expected_cost, leave_or_go_on_loss, relative_cost, task_cost
@@ -108,7 +108,7 @@ def fit_gates(
     low, high = lam if isinstance(lam, Sequence) else (lam, lam)
     task = task_cost(logits, labels, kind)
     with torch.no_grad():
-        statistics = uncertainty_statistics(logits[:, :-1].softmax(-1))
+        statistics = uncertainty_statistics(class_probabilities(logits[:, :-1]))
     optimizer = torch.optim.AdamW(policy.gates.parameters(), lr=learning_rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []

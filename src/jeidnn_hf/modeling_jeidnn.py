@@ -14,10 +14,11 @@ from .backbones import pretrained_cfg, select, staged_backbone
 from .calibrated import CalibratedMixin
 from .configuration_jeidnn import JEIDNNConfig
 from .costs import ExitCosts, exit_costs
+from .folded import fold, weights_state
 from .gates import ExitPolicy, build_gates
 from .heads import ExitHeads
 from .objectives import PROBLEM_COSTS, expected_cost, task_cost, total_cost
-from .policies import POLICIES, LearnedGates, policy_class
+from .policies import POLICIES, LearnedGates, check_active_exits, policy_class
 from .preprocessing import Preprocessing
 from .stored import StoredModel
 
@@ -46,6 +47,9 @@ class JEIDNNOutput(ModelOutput):
     exit_distribution: Tensor | None = None
     mul_adds: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+
+
+_NOT_NUMBERS = "Expected {} without NaN or infinity, but got some; check the preprocessing or the data."
 
 
 class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
@@ -92,6 +96,7 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
             boosting=config.boosting,
         )
         self.policy = build_policy(config, num_exits)
+        self._folded: tuple | None = None
         self._count_costs()
         for module in self.backbone.modules():
             module._is_hf_initialized = True  # timm initialised it; transformers must not
@@ -106,6 +111,26 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
     def set_lambda(self, lam: float) -> None:
         """The lambda in use from now on; within the trained range, else a ValueError. It is saved with the model."""
         self.config.current_lam = self.config.check_lam_in_range(lam)
+
+    @property
+    def active_exits(self) -> tuple[int, ...]:
+        """The exits, from 0, at which a sample can leave; the last one always."""
+        given = self.config.active_exits
+        return tuple(range(self.backbone.num_exits)) if given is None else tuple(given)
+
+    def set_active_exits(self, exits: Sequence[int] | None) -> None:
+        """Lets samples leave at these exits only (rising, the last one included; None: at all). It is saved with the
+        model. At the others the gates count as shut, nobody is asked, and nothing is computed that no later exit reads.
+
+        Raises:
+            ValueError: other exits than the model's, or a policy other than gates.
+        """
+        if not isinstance(self.policy, LearnedGates):
+            raise ValueError(f"Expected policy='gates' to choose active exits, but got {self.config.policy!r}.")
+        active = None if exits is None else check_active_exits(exits, self.backbone.num_exits)
+        self.policy.active = self.config.active_exits = active
+        self._folded = self.operating_point = None
+        self._count_costs()
 
     def set_policy(self, policy: ExitPolicy) -> None:
         """Puts a fitted policy in the place of the present one; it is saved with the model.
@@ -128,6 +153,7 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
             config.gate, config.gate_form = policy.gates.kind, policy.form
             config.exit_rule, config.exit_threshold = policy.rule, policy.threshold
         config.policy, config.policy_options = names[0], policy.options or None
+        config.active_exits = getattr(policy, "active", None)
         config.check()
         self.policy = policy.to(self.device)
         self.operating_point = None
@@ -176,24 +202,25 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
         if exit_features is not None:
             self._check_features(exit_features)
         inputs = [pixel_values] if exit_features is None else list(exit_features)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        early = exit_features is None and labels is None and not output_all_exits and not output_hidden_states
         for tensor in inputs:
-            _check_numbers("pixel_values" if exit_features is None else "exit_features", tensor)
+            _check_numbers("pixel_values" if exit_features is None else "exit_features", tensor, and_finite=not early)
         batch = inputs[0].shape[:1].numel()
         lam = self._check_lam(lam, batch, inputs[0].device)
         if labels is not None:
             labels = self._check_labels(labels, batch)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if exit_features is not None:
+        if early:
+            output = self._early_exit(pixel_values, lam)
+        elif exit_features is not None:
             output = self._all_exits(inputs, labels, lam)
         elif output_hidden_states:
             states = list(self.backbone.states(pixel_values))
             output = self._all_exits(self.backbone.features(states), labels, lam)
             output["hidden_states"] = tuple(map(self.backbone.hidden_state, states))
-        elif labels is not None or output_all_exits:
-            output = self._all_exits(self.backbone(pixel_values), labels, lam)
         else:
-            output = self._early_exit(pixel_values, lam)
+            output = self._all_exits(self.backbone(pixel_values), labels, lam)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
@@ -216,28 +243,54 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
         )
 
     def _early_exit(self, pixel_values: Tensor, lam: float | Tensor) -> JEIDNNOutput:
-        """After each exit the samples that leave are dropped from every state; the rest goes on."""
+        """After each exit the samples that leave are dropped from every state; the rest goes on.
+
+        The device is asked once per active exit: how many leave, and with the first answer, whether the pixels are
+        numbers.
+        """
+        heads, policy = self._for_inference()
+        is_number = torch.isfinite(pixel_values).all()
         state, head_carry, policy_carry = self.backbone.stem(pixel_values), None, None
         rows = torch.arange(len(pixel_values), device=pixel_values.device)
         exit_index = torch.empty_like(rows)
-        logits = None
+        logits, active = None, set(self.active_exits)
         for l in range(self.backbone.num_exits):
             state = self.backbone.stage(l, state)
-            answers, head_carry = self.heads.step(l, self.backbone.exit_feature(l, state), head_carry)
+            if l not in active and not heads.remembers:
+                continue
+            feature = self.backbone.exit_feature(l, state)
+            answers, head_carry = heads.step(l, feature, head_carry, answer=l in active)
+            if l not in active:
+                continue
+            leaves, policy_carry = policy.step(l, answers, policy_carry, lam)
+            is_last = l == self.backbone.num_exits - 1
+            leaving = len(rows) if is_last else leaves.sum()
             if logits is None:
                 logits = answers.new_empty(len(pixel_values), answers.shape[1])
-            leaves, policy_carry = self.policy.step(l, answers, policy_carry, lam)
-            leaving = len(rows) if l == self.backbone.num_exits - 1 else int(leaves.sum())
+                leaving, finite = torch.stack([torch.as_tensor(leaving, device=rows.device), is_number]).tolist()
+                if not finite:
+                    raise ValueError(_NOT_NUMBERS.format("pixel_values"))
+            leaving = int(leaving)
             if not leaving:
                 continue
+            if leaving == len(rows):
+                logits[rows], exit_index[rows] = answers, l
+                break
             order = leaves.argsort(stable=True)
             stay, leave = order[: len(rows) - leaving], order[len(rows) - leaving :]
             logits[rows[leave]], exit_index[rows[leave]] = answers[leave], l
-            if not len(stay):
-                break
             state, head_carry, policy_carry, rows = select((state, head_carry, policy_carry, rows), stay)
             lam = lam[stay] if isinstance(lam, Tensor) else lam
         return JEIDNNOutput(logits=logits, exit_index=exit_index, mul_adds=self.exit_mul_adds[exit_index])
+
+    def _for_inference(self) -> tuple[Any, ExitPolicy]:
+        """Heads and policy, folded where no gradient is asked for; folded anew when a weight has changed."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self.heads, self.policy
+        state = (id(self.policy), *weights_state(self.heads, self.policy))
+        if self._folded is None or self._folded[0] != state:
+            self._folded = state, fold(self.heads, self.policy)
+        return self._folded[1]
 
     def _count_costs(self) -> None:
         """Fills in the cost table, in the config and in the buffers."""
@@ -246,7 +299,7 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
             raise ValueError(f"Expected mul_adds of {exits} exits, but got {len(known)}.")
         device = self.exit_mul_adds.device if hasattr(self, "exit_mul_adds") else torch.device("cpu")
         with torch.device("cpu"):
-            costs = exit_costs(self.backbone, self.heads, self.policy, self.config.num_labels, known)
+            costs = exit_costs(self.backbone, self.heads, self.policy, self.config.num_labels, known, self.active_exits)
         self.config.mul_adds = costs.to_dict()
         for name, value in self._cost_buffers().items():
             self.register_buffer(name, value.to(device), persistent=False)
@@ -310,7 +363,8 @@ def build_policy(config: JEIDNNConfig, num_exits: int) -> ExitPolicy:
     """The policy that a config names, not fitted yet."""
     if config.policy == "gates":
         gates = build_gates(config.gate, num_exits - 1, config.num_labels, config.lam_range)
-        return LearnedGates(gates, num_exits, config.gate_form, config.exit_rule, config.exit_threshold)
+        form, rule, threshold = config.gate_form, config.exit_rule, config.exit_threshold
+        return LearnedGates(gates, num_exits, form, rule, threshold, active=config.active_exits)
     kind, options = policy_class(config.policy), config.policy_options or {}
     try:
         return kind.blank(num_exits, config.num_labels, **options)
@@ -328,9 +382,9 @@ def resolve_preprocessing(config: JEIDNNConfig) -> dict[str, Any] | None:
         raise
 
 
-def _check_numbers(name: str, tensor: Tensor) -> None:
+def _check_numbers(name: str, tensor: Tensor, and_finite: bool = True) -> None:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"Expected {name} of floating-point numbers, but got {got}.")
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"Expected {name} without NaN or infinity, but got some; check the preprocessing or the data.")
+    if and_finite and not torch.isfinite(tensor).all():
+        raise ValueError(_NOT_NUMBERS.format(name))

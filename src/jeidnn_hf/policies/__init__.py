@@ -2,7 +2,7 @@
 
 from ..gates import ExitPolicy
 from .eenet import EENetScheduler
-from .learned import LearnedGates
+from .learned import LearnedGates, check_active_exits, opened_exits
 from .patience import Patience
 from .quota import QuotaThresholds
 from .random import RandomExits
@@ -16,6 +16,8 @@ __all__ = [
     "Patience",
     "QuotaThresholds",
     "RandomExits",
+    "check_active_exits",
+    "opened_exits",
     "policy_class",
 ]
 

@@ -12,6 +12,7 @@ from ..configuration_jeidnn import RECIPES
 from ..exits import (
     EXIT_RULES,
     GATE_FORMS,
+    class_probabilities,
     exit_decision,
     exit_distribution,
     exit_mass,
@@ -38,12 +39,19 @@ class LearnedGates(ExitPolicy):
         rule: ``conditional``, the first P(E^l) > threshold; ``median``, the first P(G <= l) > threshold; ``sample``,
             l drawn from P(G).
         threshold: 0.5 in the paper.
+        active: the exits, from 0, whose gates can open; the others count as shut, g^l = 0. None: all.
 
     ``lam`` is the lambda in use where a call names none; None at first.
     """
 
     def __init__(
-        self, gates: nn.Module, num_exits: int, form: str = "min", rule: str = "conditional", threshold: float = 0.5
+        self,
+        gates: nn.Module,
+        num_exits: int,
+        form: str = "min",
+        rule: str = "conditional",
+        threshold: float = 0.5,
+        active: Sequence[int] | None = None,
     ):
         super().__init__(num_exits)
         if form not in GATE_FORMS:
@@ -51,6 +59,7 @@ class LearnedGates(ExitPolicy):
         if rule not in EXIT_RULES:
             raise ValueError(f"Expected exit_rule to be one of {EXIT_RULES}, but got {rule!r}.")
         self.gates, self.form, self.rule, self.threshold = gates, form, rule, threshold
+        self.active = None if active is None else check_active_exits(active, num_exits)
         self.lam: float | None = None
 
     @classmethod
@@ -133,7 +142,11 @@ class LearnedGates(ExitPolicy):
         remaining, draw = carry
         if l == self.num_exits - 1:
             return torch.ones_like(remaining, dtype=torch.bool), carry
-        gate = self.gates(uncertainty_statistics(logits.softmax(-1)), self._lam(lam), l).sigmoid()
+        if self.active is not None and l not in self.active:
+            return torch.zeros_like(remaining, dtype=torch.bool), carry
+        gate = self.gates(uncertainty_statistics(class_probabilities(logits)), self._lam(lam), l).sigmoid()
+        if self.form == "stick" and self.rule == "conditional":
+            return gate > self.threshold, carry  # P(E^l) is the gate itself
         mass = exit_mass(gate, remaining, self.form)
         left = remaining - mass
         if self.rule == "conditional":
@@ -142,10 +155,15 @@ class LearnedGates(ExitPolicy):
 
     def gate_logits(self, logits: Tensor, lam: Lambda = None) -> Tensor:
         """``(B, L, K)`` to ``(B, L-1)``, before the sigmoid."""
-        return self.gates(uncertainty_statistics(logits[:, :-1].softmax(-1)), self._lam(lam))
+        return self.gates(uncertainty_statistics(class_probabilities(logits[:, :-1])), self._lam(lam))
 
     def gate_values(self, logits: Tensor, lam: Lambda = None) -> Tensor:
-        return self.gate_logits(logits, lam).sigmoid()
+        gates = self.gate_logits(logits, lam).sigmoid()
+        if self.active is None:
+            return gates
+        is_active = torch.zeros(self.num_exits, dtype=torch.bool, device=gates.device)
+        is_active[self.active] = True
+        return torch.where(is_active[:-1], gates, 0.0)
 
     def distribution(self, logits: Tensor, lam: Lambda = None) -> Tensor:
         return exit_distribution(self.gate_values(logits, lam), self.form)
@@ -172,3 +190,23 @@ class LearnedGates(ExitPolicy):
 
     def _draw(self, like: Tensor) -> Tensor | None:
         return torch.rand(len(like), dtype=like.dtype, device=like.device) if self.rule == "sample" else None
+
+
+def check_active_exits(exits: Sequence[int], num_exits: int) -> list[int]:
+    """Rising exit numbers from 0 with the last one among them, as a list; else a ValueError."""
+    whole = isinstance(exits, Sequence) and all(type(l) is int for l in exits)
+    if not whole or list(exits) != sorted(set(exits)) or not exits or exits[0] < 0 or exits[-1] != num_exits - 1:
+        raise ValueError(
+            f"Expected active exits as rising numbers from 0 to {num_exits - 1}, the last one included, but got "
+            f"{exits!r}."
+        )
+    return list(exits)
+
+
+def opened_exits(record: ExitRecord, policy: ExitPolicy, lams: Sequence[float | None], least: int = 1) -> list[int]:
+    """The exits, from 0, at which at least ``least`` samples of a held-out record leave at one of the lambdas; and the
+    last one. For ``model.set_active_exits``."""
+    counts = [torch.bincount(policy.decide(record.logits, lam), minlength=record.num_exits) for lam in lams]
+    opened = torch.stack(counts).amax(0) >= least
+    opened[-1] = True
+    return opened.nonzero().flatten().tolist()
