@@ -22,6 +22,7 @@ PROBLEM_COSTS = {
 """The task cost of a model's loss, by the ``problem_type`` of transformers."""
 GATE_TARGETS = ("subsequent", "if_min")
 IM_WEIGHTS = ("exit_distribution", "cancelling")
+FEW_CLASSES = 32
 
 
 def task_cost(logits: Tensor, labels: Tensor, kind: str = "cross_entropy") -> Tensor:
@@ -31,7 +32,7 @@ def task_cost(logits: Tensor, labels: Tensor, kind: str = "cross_entropy") -> Te
     """
     labels = labels[:, None].expand(-1, logits.shape[1], *labels.shape[1:])
     if kind == "cross_entropy":
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").unflatten(0, labels.shape)
+        return cross_entropy(logits, labels)
     if kind == "error":
         return (logits.argmax(-1) != labels).to(logits.dtype)
     if kind == "brier":
@@ -41,6 +42,16 @@ def task_cost(logits: Tensor, labels: Tensor, kind: str = "cross_entropy") -> Te
     if kind == "squared_error":
         return (logits - labels).square().mean(-1)
     raise ValueError(f"Expected task_cost to be one of {TASK_COSTS}, but got {kind!r}.")
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """``-log softmax(logits)[labels]``, ``(..., K)`` and ``(...)`` to ``(...)``.
+
+    With few classes they come first in memory: sums over them then run over whole vectors of samples.
+    """
+    if logits.shape[-1] > FEW_CLASSES:
+        return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").unflatten(0, labels.shape)
+    return -logits.movedim(-1, 0).contiguous().log_softmax(0).gather(0, labels[None]).squeeze(0)
 
 
 def total_cost(task: Tensor, mul_adds: Tensor, lam: float | Tensor) -> Tensor:

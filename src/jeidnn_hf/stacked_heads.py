@@ -19,8 +19,7 @@ from .im_training.l2w_den import Members
 
 
 class GroupedLinear:
-    """Linear IMs, weights ``(G, S, K, d)`` and biases ``(G, S, K)`` for each width d of G exits: the features of an exit
-    are read once for all members."""
+    """Linear IMs: weights ``(G, S, K, d)`` and biases ``(G, S, K)`` for each width d, of G exits."""
 
     axis = 1
 
@@ -31,6 +30,7 @@ class GroupedLinear:
             by_width[head.in_features].append(l)
         self.groups = list(by_width.values())
         exits = [l for group in self.groups for l in group]
+        exits += [len(exits)] * self.native_head
         self.order = None if exits == sorted(exits) else torch.tensor(exits).argsort().tolist()
         self.parameters = [
             nn.Parameter(torch.stack([self._of_exits(one, group, name) for one in heads], dim=1))
@@ -43,17 +43,19 @@ class GroupedLinear:
         return torch.stack([getattr(heads.modules_by_exit[l], name).detach() for l in group])
 
     def __call__(self, features: Sequence[Tensor]) -> Tensor:
+        """``(S, B, L, K)``, in memory as ``(S, K, B, L)``, which is what sums over the classes want."""
         logits = []
         for group, weight, bias in zip(self.groups, self.parameters[::2], self.parameters[1::2], strict=True):
             z = torch.stack([features[l] for l in group])
-            logits.append(torch.baddbmm(bias.flatten(1)[:, None], z, weight.flatten(1, 2).mT))
-        logits = torch.cat(logits).unflatten(-1, self.parameters[1].shape[1:])  # (trained exits, B, S, K)
-        if self.order is not None:
-            logits = logits[self.order]
+            of_group = torch.baddbmm(bias.flatten(1)[..., None], weight.flatten(1, 2), z.mT)  # (G, S K, B)
+            logits.append(of_group.permute(1, 2, 0))
+        members, classes = self.parameters[1].shape[1:]
         if self.native_head:
-            native = features[-1][None, :, None].expand(-1, -1, logits.shape[2], -1)
-            logits = torch.cat([logits, native])
-        return logits.permute(2, 1, 0, 3)
+            logits.append(features[-1].mT.repeat(members, 1)[..., None])
+        logits = torch.cat(logits, dim=-1)
+        if self.order is not None:
+            logits = logits[..., self.order]
+        return logits.unflatten(0, (members, classes)).permute(0, 2, 3, 1)
 
     @torch.no_grad()
     def load_member(self, s: int, heads: ExitHeads) -> None:
