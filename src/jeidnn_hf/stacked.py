@@ -273,10 +273,10 @@ class _Given:
         self._answers = answers
 
     def members(self, logits: Tensor) -> Tensor:
-        return logits
+        return logits if torch.is_grad_enabled() else logits.detach()
 
     def __call__(self, logits: Tensor) -> Tensor:
-        return self._answers(logits)
+        return self._answers(self.members(logits))
 
 
 def _first_given(*values):
