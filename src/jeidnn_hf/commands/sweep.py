@@ -12,9 +12,7 @@ HELP = "train many lambdas, seeds and learning rates at once, at the cost of lit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = (
-        "Any key of the file has an option of its own, such as --sweep.lambdas '[0.1, 1]'."
-    )
+    parser.epilog = "Any key of the file has an option of its own, such as --sweep.lambdas '[0.1, 1]'."
     parser.add_argument("config", type=Path, help="file with data, model, training and sweep")
     parser.add_argument("--output_dir", type=Path, help="instead of the file's")
     parser.set_defaults(parse_rest=parse_overrides)
