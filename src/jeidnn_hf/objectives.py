@@ -22,7 +22,6 @@ PROBLEM_COSTS = {
 """The task cost of a model's loss, by the ``problem_type`` of transformers."""
 GATE_TARGETS = ("subsequent", "if_min")
 IM_WEIGHTS = ("exit_distribution", "cancelling")
-FEW_CLASSES = 32
 
 
 def task_cost(logits: Tensor, labels: Tensor, kind: str = "cross_entropy") -> Tensor:
@@ -47,11 +46,12 @@ def task_cost(logits: Tensor, labels: Tensor, kind: str = "cross_entropy") -> Te
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """``-log softmax(logits)[labels]``, ``(..., K)`` and ``(...)`` to ``(...)``.
 
-    With few classes they come first in memory: sums over them then run over whole vectors of samples.
+    Logits whose classes come first in memory stay so: with few classes sums then run over whole vectors of samples.
     """
-    if logits.shape[-1] > FEW_CLASSES:
-        return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").unflatten(0, labels.shape)
-    return -logits.movedim(-1, 0).contiguous().log_softmax(0).gather(0, labels[None]).squeeze(0)
+    by_class = logits.movedim(-1, 0)
+    if by_class.is_contiguous():
+        return -by_class.log_softmax(0).gather(0, labels[None]).squeeze(0)
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").unflatten(0, labels.shape)
 
 
 def total_cost(task: Tensor, mul_adds: Tensor, lam: float | Tensor) -> Tensor:
