@@ -57,7 +57,7 @@ def model_and_images(options: dict, pool: int, share: float) -> tuple[JEIDNNForI
         middle = (low + high) / 2
         gates.bias.fill_(-STEEP * middle)
         exits = model.policy.decide(logits)
-        low, high = (middle, high) if model.normalised_mul_adds[exits].mean() < share else (low, middle)
+        low, high = (middle, high) if model.normalised_costs[exits].mean() < share else (low, middle)
     late = (exits == model.backbone.num_exits - 1).nonzero().flatten()
     return model, {"nobody leaves": images[late[torch.arange(64) % len(late)]], "half": images[:64]}
 
@@ -96,7 +96,7 @@ def rows_of(name: str, repetitions: int, pool: int, all_threads: list[int], batc
                             model.backbone.to(memory_format=torch.contiguous_format)
                     times = {key: value[1:] for key, value in times.items() if value}
                     median = {key: statistics.median(value) for key, value in times.items()}
-                    share = model.normalised_mul_adds[expected.exit_index[: max(batch, 24)]].mean()
+                    share = model.normalised_costs[expected.exit_index[: max(batch, 24)]].mean()
                     rows.append({
                         "model": name, "case": case, "batch": batch, "threads": threads, "mul_adds": float(share),
                         "same_exits": float((torch.from_numpy(found.exit_index) == expected.exit_index).float().mean()),

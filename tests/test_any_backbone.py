@@ -209,7 +209,7 @@ def test_training_leaves_the_backbone_as_it_was_to_the_bit(network, tmp_path, mo
     trainer = JEIDNNTrainer(model, args, Pixels(network, 14), Pixels(network, 7))
     loss = trainer.im_training.loss
     monkeypatch.setattr(
-        trainer.im_training, "loss", lambda *rest, phase: (phases.append(phase), loss(*rest, phase=phase))[1]
+        trainer.im_training, "loss", lambda *rest, phase, lam: (phases.append(phase), loss(*rest, phase, lam))[1]
     )
     trainer.train()
     trainer.evaluate()

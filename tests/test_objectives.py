@@ -21,6 +21,7 @@ from jeidnn_hf.exits import exit_distribution, uncertainty_statistics
 from jeidnn_hf.gates import LinearGates
 from jeidnn_hf.objectives import (
     class_imbalance_weights,
+    cross_entropy,
     expected_cost,
     gate_loss,
     gate_targets,
@@ -364,3 +365,14 @@ def test_unknown_kinds():
         task_cost(torch.zeros(1, 1, 2), torch.zeros(1, dtype=torch.long), "hinge")
     with pytest.raises(ValueError, match=r"Expected gate_targets to be one of .*'if_min'.*, but got 'ifmin'"):
         gate_targets(torch.zeros(1, 2), "ifmin")
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 4), (7, 4)])
+def test_the_cross_entropy_is_the_same_however_the_classes_lie_in_memory(shape):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(shape, dtype=torch.float64), torch.randint(shape[-1], shape[:-1])
+    expected = -logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    by_class = logits.movedim(-1, 0).contiguous().movedim(0, -1)
+    for layout in (logits, by_class):
+        torch.testing.assert_close(cross_entropy(layout.requires_grad_(), labels), expected)
+        assert torch.autograd.gradcheck(lambda x: cross_entropy(x, labels), layout)

@@ -187,7 +187,7 @@ def test_the_objectives_are_the_papers(data, tmp_path):
         logits, ce, gate_logits = by_hand(model, features, labels)
 
     def loss(phase):
-        return float(trainer.im_training.loss(model, features, labels, phase).detach())
+        return float(trainer.im_training.loss(model, features, labels, phase, 0.5).detach())
 
     cost = ce + 0.5 * model.normalised_costs
     warm = sum((4 - l) * ce[:, l - 1].mean() for l in range(1, 4))
@@ -212,7 +212,7 @@ def test_gradients_of_the_im_phase_with_and_without_the_path_through_the_gates(d
     for full in (False, True):
         trainer = JEIDNNTrainer(model, arguments(tmp_path, full_gradient=full), *data(model))
         model.zero_grad()
-        loss = partial(trainer.im_training.loss, phase=Phase.IM)
+        loss = partial(trainer.im_training.loss, phase=Phase.IM, lam=0.5)
         model(exit_features=features, labels=labels, objective=loss).backward()
         grads[full] = model.heads.modules_by_exit[0].weight.grad.clone()
         assert (model.policy.gates.weight.grad is None) is not full

@@ -11,7 +11,7 @@ from importlib import import_module
 from . import __version__
 
 COMMANDS = (
-    "demo", "backbones", "costs", "train", "evaluate", "figures", "compare", "predict", "app", "card", "push",
+    "demo", "backbones", "costs", "train", "sweep", "evaluate", "figures", "compare", "predict", "app", "card", "push",
     "convert", "export", "doctor",
 )  # fmt: skip
 """Modules of `commands`, each with ``HELP``, ``add_arguments(parser)`` and ``run(options)``."""

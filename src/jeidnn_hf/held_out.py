@@ -7,16 +7,38 @@ ensemble weights learned on held-out images are calibrated (both work from logit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from .calibration import fit_temperatures
 from .exits import class_probabilities, exit_distribution, exit_probability, uncertainty_statistics
 from .gates import ExitPolicy
 from .heads import GeometricEnsemble
 from .objectives import draw_log_uniform, expected_cost, leave_or_go_on_loss, relative_cost, task_cost
+from .record import collect_logits
+
+if TYPE_CHECKING:
+    from .training_args import JEIDNNTrainingArguments
+
+
+def fit_held_out(model, validation: Dataset, args: JEIDNNTrainingArguments) -> dict[str, float]:
+    """Ensemble (with its temperatures), then gates of a model, in place; the expected cost at the gates' first step and
+    at their last."""
+    device = next(model.heads.parameters()).device
+    members, labels = (tensor.to(device) for tensor in collect_logits(model, validation, members=True))
+    if model.heads.ensemble is not None:
+        fit_ensemble(model.heads.ensemble, members, labels, pull=args.ensemble_pull)
+    with torch.no_grad():
+        logits = model.heads.answers(members)
+    losses = fit_gates(
+        model.policy, logits, labels, model.normalised_costs, model.config.lam,
+        kind=model.config.task_cost, steps=args.gate_steps, seed=args.seed,
+    )  # fmt: skip
+    return {"gate_fit_first_cost": losses[0], "gate_fit_last_cost": losses[-1]}
 
 
 def fit_ensemble(ensemble: GeometricEnsemble, members: Tensor, labels: Tensor, pull: float = 0.3) -> None:

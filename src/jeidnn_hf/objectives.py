@@ -31,7 +31,7 @@ def task_cost(logits: Tensor, labels: Tensor, kind: str = "cross_entropy") -> Te
     """
     labels = labels[:, None].expand(-1, logits.shape[1], *labels.shape[1:])
     if kind == "cross_entropy":
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").unflatten(0, labels.shape)
+        return cross_entropy(logits, labels)
     if kind == "error":
         return (logits.argmax(-1) != labels).to(logits.dtype)
     if kind == "brier":
@@ -41,6 +41,17 @@ def task_cost(logits: Tensor, labels: Tensor, kind: str = "cross_entropy") -> Te
     if kind == "squared_error":
         return (logits - labels).square().mean(-1)
     raise ValueError(f"Expected task_cost to be one of {TASK_COSTS}, but got {kind!r}.")
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """``-log softmax(logits)[labels]``, ``(..., K)`` and ``(...)`` to ``(...)``.
+
+    Logits whose classes come first in memory stay so: with few classes sums then run over whole vectors of samples.
+    """
+    by_class = logits.movedim(-1, 0)
+    if by_class.is_contiguous():
+        return -by_class.log_softmax(0).gather(0, labels[None]).squeeze(0)
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").unflatten(0, labels.shape)
 
 
 def total_cost(task: Tensor, mul_adds: Tensor, lam: float | Tensor) -> Tensor:

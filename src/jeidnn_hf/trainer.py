@@ -23,12 +23,15 @@ from transformers import EarlyStoppingCallback, Trainer
 
 from .backbones.loading import STORED_WEIGHTS
 from .data import collate
+from .feature_cache import CachedFeatures
 from .files import WriteError, clear_write_errors
-from .held_out import fit_ensemble, fit_gates
+from .held_out import fit_held_out
 from .im_training import IM_TRAININGS, Phase
+from .im_training.jeidnn import draw_lambda
 from .model_card import training_settings, write_card
 from .modeling_jeidnn import JEIDNNForImageClassification
 from .objectives import task_cost
+from .optimizers import build_optimizer, build_schedule
 from .record import collect_logits
 from .training_args import JEIDNNTrainingArguments
 
@@ -131,8 +134,9 @@ class JEIDNNTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         inputs.pop("index", None)
         self.im_training.learning_rate = self.optimizer.param_groups[0]["lr"]
+        lam = None if phase is Phase.WARMUP else draw_lambda(self.model.config, inputs["labels"])
         with self.compute_loss_context_manager():
-            loss = model(**inputs, objective=partial(self.im_training.loss, phase=phase))
+            loss = model(**inputs, objective=partial(self.im_training.loss, phase=phase, lam=lam))
         loss = loss / self.current_gradient_accumulation_steps
         self.accelerator.backward(loss)
         return loss.detach()
@@ -143,23 +147,17 @@ class JEIDNNTrainer(Trainer):
         if epoch == self._weighed_epoch:
             return
         logits, labels = collect_logits(self.model, self.eval_dataset, members=True)
-        self.im_training.weigh_classes(logits, labels, self.model.normalised_costs.cpu(), self.model.config)
+        lam = draw_lambda(self.model.config, labels)
+        costs = self.model.normalised_costs.cpu()
+        self.im_training.weigh_classes(logits, labels, costs, self.model.config, lam)
         self._weighed_epoch = epoch
 
     # Optimiser and schedule.
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            args, heads, gates = self.args, self.model.heads.member_parameters(), self.model.policy.parameters()
-            groups = [
-                {"params": heads, "lr": _first_given(args.head_learning_rate, args.learning_rate)},
-                {"params": list(gates), "lr": _first_given(args.gate_learning_rate, args.learning_rate)},
-            ]
-            optimizer = torch.optim.Adam if args.optimizer == "adam" else torch.optim.AdamW
-            self.optimizer = optimizer(
-                groups, weight_decay=args.weight_decay, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
-                fused=all(group["params"][0].is_floating_point() for group in groups),
-            )  # fmt: skip
+            heads, gates = self.model.heads.member_parameters(), self.model.policy.parameters()
+            self.optimizer = build_optimizer(self.args, heads, list(gates))
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
@@ -168,12 +166,8 @@ class JEIDNNTrainer(Trainer):
             self.optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         optimizer = optimizer or self.optimizer
         if self.args.schedule == "one_cycle":
-            peaks = [group["lr"] for group in optimizer.param_groups]
-            self.lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(
-                getattr(optimizer, "optimizer", optimizer), peaks, total_steps=num_training_steps
-            )
-        else:
-            self.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
+            optimizer = getattr(optimizer, "optimizer", optimizer)
+        self.lr_scheduler = build_schedule(self.args, optimizer, num_training_steps)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -187,38 +181,11 @@ class JEIDNNTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
         if self.model.heads.norms is not None and not resume_from_checkpoint:
-            self.set_feature_statistics()
+            set_feature_statistics(self.model, self.train_dataset)
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.args.gates_on == "validation":
-            self.fit_held_out()
+            self.log(fit_held_out(self.model, self.eval_dataset, self.args))
         return output
-
-    def set_feature_statistics(self) -> None:
-        """Standardisation by the mean and deviation of the training features, over all views."""
-        views = getattr(self.train_dataset, "views", None)
-        if views is None or not hasattr(views[0], "statistics"):
-            raise ValueError("Expected CachedFeatures to train on, since standardize_features needs their statistics.")
-        means, stds = zip(*(view.statistics() for view in views), strict=True)
-        mean = torch.stack(means).mean(0)
-        square = torch.stack([m.square() + s.square() for m, s in zip(means, stds, strict=True)]).mean(0)
-        std = (square - mean.square()).clamp_min(0).sqrt()
-        dims, count = self.model.backbone.exit_dims, len(self.model.heads.norms)
-        self.model.heads.set_feature_statistics(mean.split(dims)[:count], std.split(dims)[:count])
-
-    def fit_held_out(self) -> None:
-        """Ensemble (with its temperatures), then gates, on the validation data."""
-        model, args = self.model, self.args
-        device = next(model.heads.parameters()).device
-        members, labels = (tensor.to(device) for tensor in collect_logits(model, self.eval_dataset, members=True))
-        if model.heads.ensemble is not None:
-            fit_ensemble(model.heads.ensemble, members, labels, pull=args.ensemble_pull)
-        with torch.no_grad():
-            logits = model.heads.answers(members)
-        losses = fit_gates(
-            model.policy, logits, labels, model.normalised_costs, model.config.lam,
-            kind=model.config.task_cost, steps=args.gate_steps, seed=args.seed,
-        )  # fmt: skip
-        self.log({"gate_fit_first_cost": losses[0], "gate_fit_last_cost": losses[-1]})
 
     # Evaluation, logs, checkpoints.
 
@@ -330,6 +297,19 @@ class JEIDNNTrainer(Trainer):
         return grad_norm
 
 
+def set_feature_statistics(model: JEIDNNForImageClassification, features: CachedFeatures) -> None:
+    """Standardisation by the mean and deviation of the training features, over all views."""
+    views = getattr(features, "views", None)
+    if views is None or not hasattr(views[0], "statistics"):
+        raise ValueError("Expected CachedFeatures to train on, since standardize_features needs their statistics.")
+    means, stds = zip(*(view.statistics() for view in views), strict=True)
+    mean = torch.stack(means).mean(0)
+    square = torch.stack([m.square() + s.square() for m, s in zip(means, stds, strict=True)]).mean(0)
+    std = (square - mean.square()).clamp_min(0).sqrt()
+    dims, count = model.backbone.exit_dims, len(model.heads.norms)
+    model.heads.set_feature_statistics(mean.split(dims)[:count], std.split(dims)[:count])
+
+
 class _PatientAfterWarmup(EarlyStoppingCallback):
     """Early stopping that begins to count when the warm-up ends, where there is more than a warm-up."""
 
@@ -340,7 +320,3 @@ class _PatientAfterWarmup(EarlyStoppingCallback):
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         if not self._trainer.im_training.turns or self._trainer.last_phase is not Phase.WARMUP:
             super().on_evaluate(args, state, control, metrics, **kwargs)
-
-
-def _first_given(*values):
-    return next(value for value in values if value is not None)

@@ -20,7 +20,8 @@ from .feature_cache import CachedFeatures, cached_role
 from .files import write_text
 from .modeling_jeidnn import JEIDNNForImageClassification
 from .run_config import load_data
-from .sources import DATASETS
+from .sources import DATASETS, Source
+from .splits import Splits
 from .stored import fresh_config
 from .trainer import JEIDNNTrainer
 from .training_args import JEIDNNTrainingArguments
@@ -53,7 +54,7 @@ def train_runs(config: Mapping[str, Any], only: Sequence[str] | None = None, qui
     """
     output_dir, data = Path(config["output_dir"]), config["data"]
     state = PartialState(cpu=not torch.accelerator.is_available())  # the processes that torchrun or accelerate started
-    names, models, trainings = _plan(config, only, output_dir)
+    names, models, trainings = plan_runs(config, only, output_dir)
     sources, splits = load_data(data)
     if state.is_main_process:
         write_text(output_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
@@ -68,13 +69,8 @@ def train_runs(config: Mapping[str, Any], only: Sequence[str] | None = None, qui
             continue
         started = time.perf_counter()
         set_seed(trainings[name].seed)
-        classes = {"id2label": dict(enumerate(sources["train"].features["label"].names))}
-        model = JEIDNNForImageClassification.from_backbone_pretrained(**{**classes, **models[name]})
-        preprocessing = Preprocessing.from_dict(model.config.preprocessing)
-        cache = Path(data.get("cache_dir") or output_dir / "cache")
-        views = range(data.get("views", 1)) or (None,)
-        features = cached_role(model.backbone, sources, splits, "train", preprocessing, cache, views=views)
-        validation = cached_role(model.backbone, sources, splits, "validation", preprocessing, cache)
+        model = fresh_model(models[name], sources)
+        features, validation = cached_features(model, sources, splits, data, output_dir)
         trainer = JEIDNNTrainer(model, trainings[name], features, validation)
         if quiet:
             _silence(trainer)
@@ -91,6 +87,27 @@ def train_runs(config: Mapping[str, Any], only: Sequence[str] | None = None, qui
                     f"{done[-1]['seconds']:.0f} s, saved in {folder}"
                 )
     return done
+
+
+def fresh_model(options: Mapping[str, Any], sources: Mapping[str, Source]) -> JEIDNNForImageClassification:
+    """An untrained model of the classes of the images; ``options`` of ``from_backbone_pretrained``."""
+    classes = {"id2label": dict(enumerate(sources["train"].features["label"].names))}
+    return JEIDNNForImageClassification.from_backbone_pretrained(**{**classes, **options})
+
+
+def cached_features(
+    model: JEIDNNForImageClassification,
+    sources: Mapping[str, Source],
+    splits: Splits,
+    data: Mapping[str, Any],
+    output_dir: Path,
+) -> tuple[CachedFeatures, CachedFeatures]:
+    """The features to train on, in all views, and those of ``validation``, from the cache or into it."""
+    preprocessing = Preprocessing.from_dict(model.config.preprocessing)
+    cache = Path(data.get("cache_dir") or output_dir / "cache")
+    views = range(data.get("views", 1)) or (None,)
+    features = cached_role(model.backbone, sources, splits, "train", preprocessing, cache, views=views)
+    return features, cached_role(model.backbone, sources, splits, "validation", preprocessing, cache)
 
 
 def dry_run(config: Mapping[str, Any], only: Sequence[str] | None = None, quiet: bool = False) -> list[dict]:
@@ -110,7 +127,7 @@ def dry_run(config: Mapping[str, Any], only: Sequence[str] | None = None, quiet:
     classes = {"num_labels": known.num_classes} if known else {}
     done = []
     with tempfile.TemporaryDirectory() as temporary:
-        names, models, trainings = _plan(config, only, Path(temporary))
+        names, models, trainings = plan_runs(config, only, Path(temporary))
         for name in names:
             training = {**_training_of(config, name), **_DRY_RUN, "output_dir": temporary}
             set_seed(trainings[name].seed)
@@ -159,7 +176,7 @@ class _SyntheticFeatures:
         return self.features.mean(0), self.features.std(0, correction=0)
 
 
-def _plan(
+def plan_runs(
     config: Mapping[str, Any], only: Sequence[str] | None, output_dir: Path
 ) -> tuple[list[str], dict[str, dict[str, Any]], dict[str, JEIDNNTrainingArguments]]:
     """The names of the runs asked for; of all runs, what the model and the trainer are made from."""

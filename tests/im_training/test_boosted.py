@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from jeidnn_hf import trainer as trainer_module
+from jeidnn_hf import held_out
 from jeidnn_hf.im_training import IM_TRAININGS, Phase
 from jeidnn_hf.record import collect_logits
 from toy_training import StopAtSave, batch_of, differing, exit_state, toy_model, toy_trainer, trained
@@ -15,7 +15,7 @@ from toy_training import StopAtSave, batch_of, differing, exit_state, toy_model,
 def loss_of(model, folder, **options) -> torch.Tensor:
     features, labels = batch_of(model)
     training = toy_trainer(model, folder, **options).im_training
-    return training.loss(model, features, labels, Phase.WARMUP)
+    return training.loss(model, features, labels, Phase.WARMUP, None)
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "trained"])
@@ -69,10 +69,10 @@ def test_a_step_down_the_residual_betters_the_answers(tmp_path):
 
 def test_gates_are_fitted_to_the_boosted_answers(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(trainer_module, "fit_gates", lambda policy, logits, *_, **__: seen.append(logits) or [0.0])
+    monkeypatch.setattr(held_out, "fit_gates", lambda policy, logits, *_, **__: seen.append(logits) or [0.0])
     model = toy_model(boosting=0.5)
     trainer = toy_trainer(model, tmp_path, im_training="boosted")
-    trainer.fit_held_out()
+    held_out.fit_held_out(trainer.model, trainer.eval_dataset, trainer.args)
     answers, members = (collect_logits(model, trainer.eval_dataset, members=m)[0] for m in (False, True))
     assert torch.equal(seen[0], answers) and not torch.allclose(answers[:, 1:], members[:, 1:], atol=0.1)
     assert torch.equal(answers[:, 0], members[:, 0])

@@ -12,6 +12,7 @@ from jeidnn_hf.exits import exit_decision, exit_distribution, exit_log_distribut
 from jeidnn_hf.gates import LinearGates, SharedGates
 from jeidnn_hf.im_training import Phase
 from jeidnn_hf.im_training.diffbranch import DiffBranch
+from jeidnn_hf.im_training.jeidnn import draw_lambda
 from jeidnn_hf.im_training.plain import Plain
 from jeidnn_hf.objectives import expected_cost, mixture_cost, task_cost, total_cost
 from jeidnn_hf.policies import LearnedGates
@@ -86,24 +87,24 @@ def test_the_loss_is_the_direct_formula():
     answers = logits.softmax(-1)[torch.arange(6), :, labels]
     price = (pi * COSTS).sum(1)
     expected = (-(pi * answers).sum(1).log() + 0.7 * price).mean()
-    torch.testing.assert_close(method().loss(model, features, labels, Phase.JOINT), expected)
+    torch.testing.assert_close(method().loss(model, features, labels, Phase.JOINT, 0.7), expected)
     cost = expected_cost(total_cost(-answers.log(), COSTS, 0.7), pi)
-    torch.testing.assert_close(method("losses").loss(model, features, labels, Phase.JOINT), cost)
+    torch.testing.assert_close(method("losses").loss(model, features, labels, Phase.JOINT, 0.7), cost)
     assert expected < cost  # Jensen
 
 
 def test_warm_up_is_plain():
     features, labels = batch()
     model = model_of(LinearGates(2).double())
-    found = method().loss(model, features, labels, Phase.WARMUP)
-    assert torch.equal(found, Plain(method().args, 3).loss(model, features, labels, Phase.WARMUP))
+    found = method().loss(model, features, labels, Phase.WARMUP, None)
+    assert torch.equal(found, Plain(method().args, 3).loss(model, features, labels, Phase.WARMUP, None))
 
 
 def test_of_a_range_every_sample_has_its_own_lambda():
     features, labels = batch()
     model = model_of(SharedGates(2, 4, (0.1, 10.0)).double(), [0.1, 10.0])
     torch.manual_seed(3)
-    found = method().loss(model, features, labels, Phase.JOINT)
+    found = method().loss(model, features, labels, Phase.JOINT, draw_lambda(model.config, labels))
     torch.manual_seed(3)
     lam = 0.1 * 100 ** torch.rand(6)
     logits = model.heads.members(features)
@@ -119,9 +120,9 @@ def test_gradients_reach_answers_and_gates(mixture):
     model = model_of(LinearGates(2).double())
     inputs = [*(z.requires_grad_() for z in features), *model.policy.gates.parameters()]
     assert torch.autograd.gradcheck(
-        lambda *_: method(mixture).loss(model, features, labels, Phase.JOINT), inputs, atol=1e-7
+        lambda *_: method(mixture).loss(model, features, labels, Phase.JOINT, 0.7), inputs, atol=1e-7
     )
-    gradients = torch.autograd.grad(method(mixture).loss(model, features, labels, Phase.JOINT), inputs)
+    gradients = torch.autograd.grad(method(mixture).loss(model, features, labels, Phase.JOINT, 0.7), inputs)
     assert all(g.abs().max() > 1e-4 for g in gradients)
 
 
@@ -135,7 +136,7 @@ def test_steps_after_the_warm_up_move_exits_and_gates_and_lower_the_loss(tmp_pat
     features, labels = batch_of(model, 160)
 
     def loss() -> float:
-        return float(run.im_training.loss(model, features, labels, Phase.JOINT).detach())
+        return float(run.im_training.loss(model, features, labels, Phase.JOINT, 0.5).detach())
 
     before, first = exit_state(model), loss()
     run.train()

@@ -15,7 +15,7 @@ from toy_training import batch_of, differing, toy_model, toy_trainer, trained
 def loss_of(model, folder, labels=None, **options) -> torch.Tensor:
     features, truth = batch_of(model)
     training = toy_trainer(model, folder, im_training="imta", **options).im_training
-    return training.loss(model, features, truth if labels is None else labels, Phase.WARMUP)
+    return training.loss(model, features, truth if labels is None else labels, Phase.WARMUP, None)
 
 
 def cross_entropies(logits, labels):

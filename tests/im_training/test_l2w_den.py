@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jeidnn_hf.heads import ExitHeads
 from jeidnn_hf.im_training import Phase
-from jeidnn_hf.im_training.l2w_den import L2WDEN, _Members, greedy_shares
+from jeidnn_hf.im_training.l2w_den import L2WDEN, Members, greedy_shares
 from jeidnn_hf.im_training.plain import Plain
 from jeidnn_hf.objectives import task_cost
 from resumed_training import whole_and_resumed
@@ -40,7 +40,7 @@ def batch(n: int, seed: int = 1) -> tuple[list[Tensor], Tensor]:
 
 
 def loss_of(made, heads, features, labels) -> Tensor:
-    return made.loss(SimpleNamespace(heads=heads), features, labels, Phase.WARMUP)
+    return made.loss(SimpleNamespace(heads=heads), features, labels, Phase.WARMUP, None)
 
 
 def test_greedy_shares_by_hand():
@@ -96,7 +96,7 @@ def test_the_meta_gradient_is_the_closed_form(center):
     """dL_meta/dphi = -(eta epsilon / n) sum_il <grad_theta' L_meta, grad_theta CE_il> d(u_il - mean u)/dphi."""
     made, heads, n = method(center=center), heads_of(), 4
     (features, labels), (meta_features, meta_labels) = batch(n), batch(6, seed=2)
-    found = made.meta_gradient(_Members(heads), features, labels, meta_features, meta_labels)
+    found = made.meta_gradient(Members(heads), features, labels, meta_features, meta_labels)
 
     theta = [p.detach().clone().requires_grad_() for p in heads.member_parameters()]  # W1, b1, W2, b2
 
@@ -132,7 +132,7 @@ def test_the_meta_gradient_is_the_closed_form(center):
 def test_the_meta_gradient_is_the_slope_of_the_meta_loss(kind, native_head, center, weighting):
     made, heads = method(native_head, center=center, warmup_weighting=weighting), heads_of(kind, native_head)
     (features, labels), (meta_features, meta_labels) = batch(5), batch(8, seed=2)
-    found = made.meta_gradient(_Members(heads), features, labels, meta_features, meta_labels)
+    found = made.meta_gradient(Members(heads), features, labels, meta_features, meta_labels)
 
     def meta_loss() -> Tensor:
         """Takes the virtual step on copies, and puts theta back."""

@@ -14,7 +14,7 @@ def test_an_exit_learns_from_its_own_answers_alone(tmp_path):
     """The gradient of all exits' loss in one IM and its link is that of its own cross-entropy."""
     model = toy_model(cascade=True)
     features, labels = batch_of(model)
-    toy_trainer(model, tmp_path).im_training.loss(model, features, labels, Phase.WARMUP).backward()
+    toy_trainer(model, tmp_path).im_training.loss(model, features, labels, Phase.WARMUP, None).backward()
     for l, head in enumerate(model.heads.modules_by_exit):
         own = torch.nn.functional.cross_entropy(model.heads(features)[:, l], labels)
         parameters = [head.weight, head.bias, *(model.heads.links[l - 1].parameters() if l else [])]

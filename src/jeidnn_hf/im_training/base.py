@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from ..gates import Lambda
+
 if TYPE_CHECKING:
     from ..configuration_jeidnn import JEIDNNConfig
     from ..modeling_jeidnn import JEIDNNForImageClassification
@@ -55,13 +57,14 @@ class IMTraining(nn.Module):
             )
 
     def loss(
-        self, model: JEIDNNForImageClassification, features: Sequence[Tensor], labels: Tensor, phase: Phase
+        self, model: JEIDNNForImageClassification, features: Sequence[Tensor], labels: Tensor, phase: Phase, lam: Lambda
     ) -> Tensor:
-        """A scalar.
+        """A scalar. A step of the warm-up reads no lambda.
 
         Args:
             model: the one that is trained.
             features: of every exit, ``(B, d_l)``.
             labels: ``(B,)``.
+            lam: of the costs, a number or ``(B,)``.
         """
         raise NotImplementedError

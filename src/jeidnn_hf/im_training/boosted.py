@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..gates import Lambda
 from ..objectives import task_cost
 from .base import Phase
 from .plain import Plain
@@ -30,5 +31,5 @@ class Boosted(Plain):
                 "build it with boosting=0.5."
             )
 
-    def loss(self, model, features: Sequence[Tensor], labels: Tensor, phase: Phase) -> Tensor:
+    def loss(self, model, features: Sequence[Tensor], labels: Tensor, phase: Phase, lam: Lambda) -> Tensor:
         return self.weighted(task_cost(model.heads(features), labels))

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..exits import exit_log_distribution
+from ..gates import Lambda
 from ..objectives import expected_cost, mixture_cost, task_cost
 from .base import Phase
-from .jeidnn import draw_lambda, scaled_cost
+from .jeidnn import scaled_cost
 from .plain import Plain
 
 MIXTURES = ("probabilities", "losses")
@@ -37,10 +38,9 @@ class DiffBranch(Plain):
                 "set it when the model is built."
             )
 
-    def loss(self, model, features: Sequence[Tensor], labels: Tensor, phase: Phase) -> Tensor:
+    def loss(self, model, features: Sequence[Tensor], labels: Tensor, phase: Phase, lam: Lambda) -> Tensor:
         if phase is Phase.WARMUP:
-            return super().loss(model, features, labels, phase)
-        lam = draw_lambda(model.config, labels)
+            return super().loss(model, features, labels, phase, lam)
         logits = model.heads.members(features)
         task, log_distribution = task_cost(logits, labels), exit_log_distribution(model.policy.gate_logits(logits, lam))
         if self.args.mixture == "probabilities":

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..gates import Lambda
 from ..objectives import task_cost
 from .base import Phase
 from .plain import Plain
@@ -29,7 +30,7 @@ class IMTA(Plain):
     """``distillation_weight`` is gamma, ``distillation_temperature`` T. All exits count alike as published, with
     ``warmup_weighting="uniform"``. At gamma = 0 this is `Plain`."""
 
-    def loss(self, model, features: Sequence[Tensor], labels: Tensor, phase: Phase) -> Tensor:
+    def loss(self, model, features: Sequence[Tensor], labels: Tensor, phase: Phase, lam: Lambda) -> Tensor:
         logits = model.heads.members(features)
         task, gamma = task_cost(logits, labels), self.args.distillation_weight
         taught = distillation(logits[:, :-1], logits[:, -1:], self.args.distillation_temperature)

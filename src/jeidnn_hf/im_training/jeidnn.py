@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..gates import Lambda
 from ..objectives import (
     cancelling_cost,
     class_imbalance_weights,
@@ -35,12 +36,11 @@ class JEIDNN(Plain):
         self.register_buffer("pos_weight", torch.ones(self.num_exits - 1))
         """Weights of the positives of each gate's task, from validation answers."""
 
-    def loss(self, model, features: Sequence[Tensor], labels: Tensor, phase: Phase) -> Tensor:
+    def loss(self, model, features: Sequence[Tensor], labels: Tensor, phase: Phase, lam: Lambda) -> Tensor:
         """Gates see the answers detached; IMs see the gates detached (Eq. 30), unless ``full_gradient`` (Eq. 28-29)."""
         if phase is Phase.WARMUP:
-            return super().loss(model, features, labels, phase)
-        config, lam = model.config, draw_lambda(model.config, labels)
-        costs = model.normalised_costs
+            return super().loss(model, features, labels, phase, lam)
+        config, costs = model.config, model.normalised_costs
         if phase is Phase.GATE:
             with torch.no_grad():
                 logits = model.heads.members(features)
@@ -59,9 +59,8 @@ class JEIDNN(Plain):
         return expected_cost(task, distribution)
 
     @torch.no_grad()
-    def weigh_classes(self, logits: Tensor, labels: Tensor, costs: Tensor, config) -> None:
+    def weigh_classes(self, logits: Tensor, labels: Tensor, costs: Tensor, config, lam: Lambda) -> None:
         """Sets ``pos_weight`` to the imbalance of each gate's task on held-out answers ``(N, L, K)`` (Section 4.1)."""
-        lam = draw_lambda(config, labels)
         cost = total_cost(task_cost(logits, labels, config.task_cost), costs, lam)
         targets = gate_targets(cost, self.args.gate_targets)
         weights = class_imbalance_weights(targets, self.args.imbalance_low, self.args.imbalance_high)

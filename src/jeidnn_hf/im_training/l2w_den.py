@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.adam import adam
 
+from ..gates import Lambda
 from ..objectives import task_cost
 from .base import Phase
 from .plain import Plain
@@ -67,11 +68,11 @@ class L2WDEN(Plain):
         self.register_buffer("steps", torch.zeros(len(sizes)))
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
 
-    def loss(self, model, features: Sequence[Tensor], labels: Tensor, phase: Phase) -> Tensor:
+    def loss(self, model, features: Sequence[Tensor], labels: Tensor, phase: Phase, lam: Lambda) -> Tensor:
         """A batch of one has no halves: it has no meta step."""
         half = len(labels) // 2
         if half and int(self.batches) % self.args.l2w_interval == 0:
-            members = _Members(model.heads)
+            members = Members(model.heads)
             halves = [([z[rows] for z in features], labels[rows]) for rows in (slice(half), slice(half, None))]
             for virtual, meta in (halves, halves[::-1]):
                 self.step_weights(self.meta_gradient(members, *virtual, *meta))
@@ -88,7 +89,7 @@ class L2WDEN(Plain):
 
     def meta_gradient(
         self,
-        members: _Members,
+        members: Members,
         features: Sequence[Tensor],
         labels: Tensor,
         meta_features: Sequence[Tensor],
@@ -151,7 +152,7 @@ def greedy_shares(confidence: Tensor, ratio: float) -> Tensor:
     return shares
 
 
-class _Members(nn.Module):
+class Members(nn.Module):
     """The IMs' own logits as a module's forward; ``trained`` are their parameters, by name."""
 
     def __init__(self, heads: nn.Module):

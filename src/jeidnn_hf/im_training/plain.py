@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..gates import Lambda
 from ..objectives import task_cost, warmup_loss
 from .base import IMTraining, Phase
 
@@ -13,7 +14,7 @@ from .base import IMTraining, Phase
 class Plain(IMTraining):
     """``warmup_weighting="position"`` weighs exit l by L - l (Eq. 17), ``"uniform"`` all alike."""
 
-    def loss(self, model, features: Sequence[Tensor], labels: Tensor, phase: Phase) -> Tensor:
+    def loss(self, model, features: Sequence[Tensor], labels: Tensor, phase: Phase, lam: Lambda) -> Tensor:
         return self.weighted(task_cost(model.heads.members(features), labels))
 
     def weighted(self, task: Tensor) -> Tensor:
