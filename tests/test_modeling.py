@@ -227,7 +227,7 @@ def test_each_image_costs_what_the_table_says_of_its_exit(case):
     assert given.mul_adds.tolist() == [total[l] for l in given.exit_index]
     assert given.mul_adds.dtype == torch.int64 and model.config.mul_adds == model.costs.to_dict()
     expected = torch.tensor(total).double() / model.costs.backbone[-1]
-    torch.testing.assert_close(model.normalised_mul_adds.double(), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(model.normalised_costs.double(), expected, atol=1e-6, rtol=0)
 
 
 def test_sampled_exits_follow_the_distribution_and_use_one_draw_per_image():

@@ -189,7 +189,7 @@ def test_the_objectives_are_the_papers(data, tmp_path):
     def loss(phase):
         return float(trainer.im_training.loss(model, features, labels, phase, 0.5).detach())
 
-    cost = ce + 0.5 * model.normalised_mul_adds
+    cost = ce + 0.5 * model.normalised_costs
     warm = sum((4 - l) * ce[:, l - 1].mean() for l in range(1, 4))
     assert loss(Phase.WARMUP) == pytest.approx(float(warm), rel=1e-5)
     weighted = (ce * exit_distribution(gate_logits.sigmoid())).sum(1).mean()
@@ -234,7 +234,7 @@ def test_class_imbalance_weights_come_from_validation_once_an_epoch(data, tmp_pa
             if self._weighed_epoch != before:
                 logits, labels = collect_logits(self.model, self.eval_dataset, members=True)
                 ce = F.cross_entropy(logits.movedim(1, 2), labels[:, None].expand(-1, 4), reduction="none")
-                targets = gate_targets(ce + 0.5 * self.model.normalised_mul_adds)
+                targets = gate_targets(ce + 0.5 * self.model.normalised_costs)
                 weights = self.im_training.pos_weight.tolist(), class_imbalance_weights(targets).tolist()
                 seen.append((self.state.global_step, *weights))
 
@@ -297,7 +297,7 @@ def test_evaluation_reports_what_the_gates_do(data, tmp_path):
         gates = gate_logits.sigmoid()
         chosen = exit_decision(exit_probability(gates))
         mass_left = 1 - exit_distribution(gates).cumsum(-1) + exit_distribution(gates)
-    rows, costs = torch.arange(len(chosen)), model.normalised_mul_adds
+    rows, costs = torch.arange(len(chosen)), model.normalised_costs
     right = (logits.argmax(-1) == validation.labels[:, None]).float()
     assert metrics["eval_accuracy"] == pytest.approx(float(right[rows, chosen].mean()))
     assert metrics["eval_mul_adds"] == pytest.approx(float(costs[chosen].mean()))

@@ -94,7 +94,7 @@ def answer_at(
     probabilities = (logits.softmax(-1) if point is None else point.probabilities(logits))[0].float().cpu()
     gates = [*output.gate_values[0].tolist(), None]
     views = []
-    for row, gate, share in zip(probabilities, gates, model.costs.normalised, strict=True):
+    for row, gate, share in zip(probabilities, gates, model.exit_costs().normalised, strict=True):
         values, classes = row.topk(min(TOP, len(row)))
         top = [(names[k], p) for k, p in zip(classes.tolist(), values.tolist(), strict=True)]
         views.append(ExitView(top, gate, share))
@@ -105,7 +105,7 @@ def answer_at(
         order = probabilities[taken].argsort(descending=True, stable=True).tolist()
         members = [names[k] for k in order if in_set[k]]
         note = f"Sets like this hold the true class of at least {1 - alpha:.1%} of pictures like the calibration's."
-    return Answer(lam, taken + 1, views, int(output.mul_adds[0]), model.costs.backbone[-1], members, note)
+    return Answer(lam, taken + 1, views, int(output.mul_adds[0]), model.exit_costs().backbone[-1], members, note)
 
 
 def calibrated_alphas(model: JEIDNNForImageClassification) -> list[float]:

@@ -12,7 +12,7 @@ from . import __version__
 
 COMMANDS = (
     "demo", "backbones", "costs", "train", "sweep", "evaluate", "figures", "compare", "predict", "app", "card", "push",
-    "convert", "doctor",
+    "convert", "export", "doctor",
 )  # fmt: skip
 """Modules of `commands`, each with ``HELP``, ``add_arguments(parser)`` and ``run(options)``."""
 

@@ -83,7 +83,8 @@ class JEIDNNConfig(PreTrainedConfig):
         lam: the price of the backbone's Mul-Adds in units of the task cost; a range `[low, high]` makes
             one checkpoint serve every lambda in it.
         current_lam: the lambda in use; default: lam, or the middle of the range in logarithm.
-        mul_adds: the cost table; measured when None.
+        mul_adds: the cost table; counted when None.
+        latency: a measured table that takes its place, see `set_costs`.
         problem_type: what the model's loss takes labels for: a class (None or
             `single_label_classification`), a probability per class (`multi_label_classification`) or K numbers
             (`regression`). The gates read the softmax of the logits in any case; at K = 1 it tells them nothing.
@@ -121,6 +122,7 @@ class JEIDNNConfig(PreTrainedConfig):
     lam: float | list[float] | None = None
     current_lam: float | None = None
     mul_adds: dict | None = None
+    latency: dict | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
@@ -198,6 +200,8 @@ class JEIDNNConfig(PreTrainedConfig):
             )
         if self.mul_adds is not None:
             _check_mul_adds(self.mul_adds)
+        if self.latency is not None:
+            _check_latency(self.latency, self.mul_adds)
         self.lam = check_lam(self.lam)
         if self.has_lam_range and self.gate == "linear":
             raise ValueError(f"Expected gate='shared' for a range of lambdas {self.lam}, but got gate='linear'.")
@@ -271,6 +275,20 @@ def _check_mul_adds(table: Mapping[str, Any]) -> None:
     whole = isinstance(counts, Sequence) and len(counts) > 0 and all(type(count) is int for count in counts)
     if not whole or list(counts) != sorted(set(counts)) or counts[0] < 1:
         raise ValueError(f"Expected mul_adds with rising counts of Mul-Adds under 'backbone', but got {table!r}.")
+
+
+def _check_latency(table: Mapping[str, Any], mul_adds: Mapping[str, Any] | None) -> None:
+    columns = [table.get(name) for name in ("backbone", "pooling", "heads", "gates")]
+    exits = len(mul_adds["backbone"]) if mul_adds else len(columns[0] or ())
+    numbers = all(
+        isinstance(column, Sequence)
+        and len(column) == exits > 0
+        and all(isinstance(ms, Real) and math.isfinite(ms) and ms >= 0 for ms in column)
+        and list(column) == sorted(column)
+        for column in columns
+    )
+    if table.get("unit") != "ms" or not numbers or not columns[0][-1]:
+        raise ValueError(f"Expected latency with rising milliseconds of {exits} exits, but got {table!r}.")
 
 
 def _check_one_of(field: str, value: Any, allowed) -> None:

@@ -1,4 +1,5 @@
-"""Cumulative Mul-Adds per exit (Eq. 18), backbone, pooling, heads and gates apart.
+"""What each exit costs (Eq. 18), cumulative, backbone, pooling, heads and gates apart: in Mul-Adds, counted here, or in
+milliseconds, measured by ``latency.exit_latency``. Whatever takes the one takes the other.
 
 The backbone is counted by fvcore, piece by piece along its stages; what fvcore misses (fused attention) is added by a
 handle. Pooling, heads and gates have closed forms. One Mul-Add is one multiplication with its addition.
@@ -7,10 +8,11 @@ handle. Pooling, heads and gates have closed forms. One Mul-Add is one multiplic
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from math import isclose, prod
+from typing import Any
 
 import torch
 from fvcore.nn import FlopCountAnalysis
@@ -22,29 +24,45 @@ from .backbones.staged import StagedBackbone
 from .gates import ExitPolicy
 from .heads import ExitHeads
 
+MUL_ADDS = "Mul-Adds"
+COLUMNS = ("backbone", "pooling", "heads", "gates")
+
 
 @dataclass(frozen=True)
 class ExitCosts:
-    """Mul-Adds of one image, cumulative over exits 1..L, ``(L,)`` each."""
+    """Costs of one image, cumulative over exits 1..L, ``(L,)`` each.
 
-    backbone: tuple[int, ...]
-    pooling: tuple[int, ...]
-    heads: tuple[int, ...]
-    gates: tuple[int, ...]
+    Args:
+        backbone: of its blocks.
+        pooling: of the statistics of its maps.
+        heads: of the inference modules.
+        gates: of the decisions.
+        unit: `MUL_ADDS`, or ``"ms"``.
+        measured: of milliseconds, where they were measured: device, batch size, threads, ...
+    """
+
+    backbone: tuple[float, ...]
+    pooling: tuple[float, ...]
+    heads: tuple[float, ...]
+    gates: tuple[float, ...]
+    unit: str = MUL_ADDS
+    measured: dict[str, Any] | None = field(default=None, compare=False)
 
     @property
-    def total(self) -> tuple[int, ...]:
-        """IC^l of Eq. 18, in Mul-Adds."""
+    def total(self) -> tuple[float, ...]:
+        """IC^l of Eq. 18."""
         return tuple(map(sum, zip(self.backbone, self.pooling, self.heads, self.gates, strict=True)))
 
     @property
     def normalised(self) -> tuple[float, ...]:
-        """IC^l as a share of the bare backbone's Mul-Adds; with exits counted the last one is a little above 1."""
+        """IC^l as a share of the bare backbone's; with exits counted the last one is a little above 1."""
         return tuple(cost / self.backbone[-1] for cost in self.total)
 
     def under(self, policy: ExitPolicy, num_labels: int) -> ExitCosts:
         """The table where this policy decides; at the last exit and at exits that are not active there is nothing to
-        decide."""
+        decide. Of milliseconds the same table: one decision takes about as long as another."""
+        if self.unit != MUL_ADDS:
+            return self
         active = getattr(policy, "active", None) or range(len(self.gates))
         each = [policy.mul_adds(num_labels) if l in active else 0 for l in range(len(self.gates) - 1)] + [0]
         return replace(self, gates=tuple(accumulate(each)))
@@ -55,12 +73,13 @@ class ExitCosts:
             expected, got = ([round(share, 4) for share in found] for found in (self.normalised, shares))
             raise ValueError(f"Expected {what} of this model, whose exits cost {expected}, but got one of {got}.")
 
-    def to_dict(self) -> dict[str, list[int]]:
-        return {name: list(values) for name, values in asdict(self).items()}
+    def to_dict(self) -> dict[str, Any]:
+        table = {name: list(values) for name, values in asdict(self).items() if name in COLUMNS}
+        return table if self.unit == MUL_ADDS else {**table, "unit": self.unit, "measured": self.measured}
 
     @classmethod
-    def from_dict(cls, table: dict[str, list[int]]) -> ExitCosts:
-        return cls(**{name: tuple(values) for name, values in table.items()})
+    def from_dict(cls, table: Mapping[str, Any]) -> ExitCosts:
+        return cls(**{name: tuple(values) if name in COLUMNS else values for name, values in table.items()})
 
 
 def exit_costs(

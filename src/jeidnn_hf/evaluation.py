@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_arguments
+from .costs import MUL_ADDS
 from .files import read_json, write_text
 from .gates import ExitPolicy
 from .metrics import (
@@ -68,7 +69,8 @@ class EvaluationReport:
         brier: Brier score.
         ece: expected calibration error.
         ece_raw: ece before the temperatures.
-        mul_adds: mean per sample.
+        mul_adds: mean per sample; where the record's costs are milliseconds, these, likewise the next and
+            ``exit_mul_adds``.
         normalised_mul_adds: as a share of the bare backbone's.
         share_by_exit: of the samples that leave there.
         exit_accuracy: of every exit on all samples; likewise the next two.
@@ -87,6 +89,7 @@ class EvaluationReport:
         intervals: the 95 % bootstrap interval of the mean over the subsets (Section 5). Percentiles over 10 values
             cover about 90 %.
         images_per_second: measured ones, by the name of what was timed, where the caller gives them.
+        cost_unit: `costs.MUL_ADDS` or ``"ms"``.
     """
 
     lam: float | None
@@ -119,6 +122,7 @@ class EvaluationReport:
     calibration_sha256: str | None
     seed: int
     images_per_second: dict[str, float] = field(default_factory=dict)
+    cost_unit: str = MUL_ADDS
     schema_version: int = SCHEMA_VERSION
 
     def set_at(self, alpha: float, method: str = "grouped") -> SetReport:
@@ -255,6 +259,7 @@ def evaluate(
         exited_accuracy=[_mean(right[here, l]) for l, here in enumerate(at_exit)],
         conditional_accuracy=[None, *(_mean(right[right[:, l - 1], l]) for l in range(1, num_exits))],
         exit_mul_adds=costs.tolist(),
+        cost_unit=record.costs.unit,
         class_accuracy=_means(right_taken, of_class),
         temperatures=list(point.temperatures),
         gate_auroc=_gate_auroc(record, policy, lam, kind),

@@ -1,8 +1,8 @@
 """The feature cache: exit features on disk, one file per split and augmented view, so that training never sees a pixel.
 
-A file is one safetensors matrix ``features (N, sum_l d_l)``, memory-mapped, with ``labels`` and ``index``. Its name and
-header carry the key: backbone weights, exits, preprocessing, images, view and seed. An interrupted extraction goes on
-where it stopped.
+A file is one safetensors matrix ``features (N, sum_l d_l)``, see ``feature_file``. Its name and header carry the key:
+backbone weights, exits, preprocessing, images, view and seed. Processes that torchrun or accelerate started share an
+extraction; one that is interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -10,30 +10,30 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock
-from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .backbones import StagedBackbone, fingerprint
 from .data import ImageView, Preprocessing
+from .feature_file import FORMAT, FeatureFile, drop_pages, gather, header_of
 from .files import clear_write_errors
+from .processes import in_each, rank_and_number
 from .sources import Source
 from .splits import Splits
-
-_SAVE_EVERY = 32  # batches between notes of progress
 
 
 def cache_key(backbone: StagedBackbone, images: ImageView, split: str, dtype: torch.dtype) -> dict[str, Any]:
     """What decides the numbers in a cache file; ``split`` is the hash of a split role, ``images`` has one view."""
     (view,) = images.views
     key = {
+        "format": FORMAT,
         "network": getattr(backbone.model, "build_options", type(backbone.model).__name__),
         "backbone": fingerprint(backbone.model.state_dict()),
         "exit_stages": list(backbone.exit_stages),
@@ -69,24 +69,32 @@ def cache_features(
         split: hash of the split role, ``Splits.info(role).sha256``.
         folder: where cache files live.
         dtype: what is stored; float16 halves the size, float32 keeps every bit.
+        batch_size: images at once, within blocks of 256 rows.
+
+    Processes that work together all have to call this, with the same folder.
 
     Raises:
         ValueError: not enough room on the disk for the file.
-        WriteError: (an OSError) no room left on the way; a later call goes on from what was noted.
+        WriteError: (an OSError) no room left on the way; a later call goes on from what was written.
+        RuntimeError: another of the processes failed.
     """
     if dtype not in (torch.float16, torch.float32):
         raise ValueError(f"Expected dtype float16 or float32, but got {dtype}.")
     if len(images.views) != 1:
         raise ValueError(f"Expected images in one view, but got {len(images.views)}; cache each by itself.")
-    key = cache_key(backbone, images, split, dtype)
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(folder)
-    path = folder / f"features-{name}.safetensors"
-    with clear_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"features-{name}.lock"):
-        if not path.exists():
-            _extract(backbone, images, key, path, dtype, batch_size, description)
+
+    def prepare() -> dict[str, Any]:
+        with clear_write_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        return cache_key(backbone, images, split, dtype)
+
+    keys = in_each(prepare)
+    key = keys[0]
+    if other := sorted(name for name in key if any(each[name] != key[name] for each in keys)):
+        raise ValueError(f"Expected features with the same {other} in every process, but got different ones.")
+    path = folder / f"features-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.safetensors"
+    _extract(backbone, images, key, path, dtype, batch_size, description)
     return FeatureCache(path, key)
 
 
@@ -115,83 +123,93 @@ def cached_role(
 
 
 def _extract(backbone, images, key, path: Path, dtype, batch_size: int, description: str) -> None:
-    partial, progress = path.with_suffix(".partial"), path.with_suffix(".progress.json")
-    rows, width = len(images), sum(backbone.exit_dims)
-    layout = {"features": (dtype, (rows, width)), "labels": (torch.int64, (rows,)), "index": (torch.int64, (rows,))}
-    header, offsets, size = _header(layout, key)
-    done = _rows_done(progress) if partial.exists() else 0
-    if not done:
-        progress.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if free < size:
-            raise ValueError(
-                f"Expected {size / 1e9:.2f} GB free for the features in {path.parent}, but got {free / 1e9:.2f} GB."
-            )
-        with clear_write_errors(partial), open(partial, "wb") as file:
-            file.write(header)
-            file.truncate(size)
-            for name, numbers in (("labels", images.labels.numpy()), ("index", images.indices)):
-                file.seek(offsets[name])
-                file.write(numbers.tobytes())
-    device = next(backbone.parameters()).device
-    with torch.inference_mode(), tqdm(total=rows, initial=done, desc=description, unit="img") as bar:
-        for number, start in enumerate(range(done, rows, batch_size), start=1):
-            stop = min(start + batch_size, rows)
-            pixels = images.__getitems__(range(start, stop))["pixel_values"].to(device)
-            rows_now = torch.cat(backbone(pixels), dim=1).to(dtype).cpu()
-            if not torch.isfinite(rows_now).all():
+    """Writes the file, unless it is there; processes that work together share its blocks, the main one says which."""
+    lock, partial = FileLock(path.with_suffix(".lock")), path.with_suffix(".partial")
+    rank, processes = rank_and_number()
+
+    def start() -> list[int] | None:
+        if rank == 0:
+            lock.acquire()
+            return None if path.exists() else _start(partial, len(images), key, dtype, description)
+
+    try:
+        todo, *_ = in_each(start)
+        if todo is not None:
+            in_each(lambda: _write(backbone, images, partial, todo[rank::processes], dtype, batch_size, description))
+            in_each(lambda: partial.replace(path) if rank == 0 else None)
+    finally:
+        lock.release()
+
+
+def _start(partial: Path, rows: int, key: dict[str, Any], dtype: torch.dtype, description: str) -> list[int]:
+    """The blocks to write, into a file laid out for them or left by an earlier call; says how large it will be."""
+    header, size = header_of(rows, dtype, key)
+    try:
+        file = FeatureFile(partial)
+        todo = file.wrong_blocks() if file.header == header else None
+    except Exception:  # there is none, or none of use
+        todo = None
+    there = 0 if todo is None else rows - sum(len(file.rows_of(block)) for block in todo)
+    resumed = f"; {there:,} rows are there" if there else ""
+    shape = f"{rows:,} x {sum(key['exit_dims']):,} {key['dtype']}"
+    tqdm.write(f"{description}: {shape}, {size / 1e9:.2f} GB in {partial.parent}{resumed}", file=sys.stderr)
+    need, free = size - there * (size // rows), shutil.disk_usage(partial.parent).free
+    if free < need:
+        raise ValueError(
+            f"Expected {need / 1e9:.2f} GB free for the features in {partial.parent}, but got {free / 1e9:.2f} GB."
+        )
+    if todo is None:
+        with clear_write_errors(partial):
+            todo = FeatureFile.lay_out(partial, rows, dtype, key).wrong_blocks()
+    return todo
+
+
+@torch.inference_mode()
+def _write(backbone, images, partial: Path, blocks: Sequence[int], dtype, batch_size: int, description: str) -> None:
+    device, labels, index = next(backbone.parameters()).device, images.labels, images.index
+    with clear_write_errors(partial):
+        file = FeatureFile(partial)
+    total, (rank, _) = sum(len(file.rows_of(block)) for block in blocks), rank_and_number()
+    with tqdm(total=total, desc=description, unit="img", disable=rank > 0) as bar:
+        for block in blocks:
+            rows, pieces = file.rows_of(block), []
+            for start in range(0, len(rows), batch_size):
+                pixels = images.__getitems__(rows[start : start + batch_size])["pixel_values"].to(device)
+                pieces.append(torch.cat(backbone(pixels), dim=1).to(dtype).cpu())
+                bar.update(len(pixels))
+            features = torch.cat(pieces)
+            if not torch.isfinite(features).all():
                 raise ValueError(
-                    f"Expected finite features within {key['dtype']}, but got others in rows {start} to {stop - 1}; "
+                    f"Expected finite features within {dtype}, but got others in rows {rows[0]} to {rows[-1]}; "
                     "check the images, or pass dtype=torch.float32."
                 )
-            with clear_write_errors(partial):  # an ordinary write: a full disk under a memory map kills the process
-                with open(partial, "r+b") as file:
-                    file.seek(offsets["features"] + start * width * dtype.itemsize)
-                    file.write(rows_now.numpy().tobytes())
-                if number % _SAVE_EVERY == 0:
-                    progress.write_text(json.dumps({"rows": stop}))
-            bar.update(stop - start)
-    partial.replace(path)
-    progress.unlink(missing_ok=True)
+            with clear_write_errors(partial):
+                file.write_block(block, features, labels[rows.start : rows.stop], index[rows.start : rows.stop])
 
 
-def _rows_done(progress: Path) -> int:
-    try:
-        return int(json.loads(progress.read_text())["rows"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
-
-
-def _header(layout: dict, key: dict[str, Any]) -> tuple[bytes, dict[str, int], int]:
-    """The head of a safetensors file, the place of each tensor in the file, and the file's size."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", "key": json.dumps(key, sort_keys=True)}}
-    names, places, end = {torch.float16: "F16", torch.float32: "F32", torch.int64: "I64"}, {}, 0
-    for name, (dtype, shape) in sorted(layout.items(), key=lambda item: -item[1][0].itemsize):
-        start, end = end, end + dtype.itemsize * int(np.prod(shape))
-        entries[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
-        places[name] = start
-    body = json.dumps(entries).encode()
-    body += b" " * (-len(body) % 8)
-    header = len(body).to_bytes(8, "little") + body
-    return header, {name: start + len(header) for name, start in places.items()}, end + len(header)
+_verified: set[tuple[str, int, int]] = set()
+"""Path, time of change and size of the files that this process has read through."""
 
 
 class FeatureCache:
     """One cache file, memory-mapped.
 
     Attributes:
-        features: ``(N, sum_l d_l)`` in the stored type.
+        key: what it was made from.
+        features: ``(N, sum_l d_l)`` in the stored type; to be read only, ``feature_file.gather`` keeps memory low.
         labels, index: ``(N,)`` int64.
         exit_dims: width of each exit's part.
     """
 
     def __init__(self, path: str | Path, key: dict[str, Any] | None = None):
-        """Opens a file; a ValueError where it is broken, or made under another ``key``."""
+        """Opens a file, and reads it through the first time in a process.
+
+        Raises:
+            ValueError: it is broken, or made under another ``key``, or rows differ from their checksum.
+        """
         try:
-            with safe_open(path, framework="pt") as file:
-                self.key = json.loads(file.metadata()["key"])
-                self.features, self.labels, self.index = map(file.get_tensor, ("features", "labels", "index"))
-            self.exit_dims = tuple(self.key["exit_dims"])
+            file = FeatureFile(path)
+            self.key, self.features, self.exit_dims = file.key, file.features, tuple(file.key["exit_dims"])
         except Exception as error:
             raise ValueError(
                 f"Expected a feature cache at {str(path)!r}, but it cannot be read: {error}; remove the file."
@@ -201,17 +219,29 @@ class FeatureCache:
             raise ValueError(
                 f"Expected features made with the same {other} in {str(path)!r}, but got others; remove the file."
             )
+        status = file.path.stat()
+        version = str(file.path.resolve()), status.st_mtime_ns, status.st_size
+        if file.checksums is not None and version not in _verified:
+            for block in file.wrong_blocks():
+                rows = file.rows_of(block)
+                raise ValueError(
+                    f"Expected features as they were written in {str(path)!r}, but rows {rows[0]} to {rows[-1]} "
+                    "differ from their checksum; remove the file."
+                )
+            _verified.add(version)
+        self.labels, self.index = file.labels.clone(), file.index.clone()
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def statistics(self, chunk: int = 8192) -> tuple[Tensor, Tensor]:
+    def statistics(self, chunk: int = 256) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of every feature over the rows, ``(sum_l d_l,)`` float32 each."""
         total, squares = torch.zeros(2, self.features.shape[1], dtype=torch.float64)
         for rows in self.features.split(chunk):
-            rows = rows.double()
-            total += rows.sum(0)
-            squares += rows.square().sum(0)
+            rows, ones = rows.double(), torch.ones(len(rows), dtype=torch.float64)
+            total += ones @ rows  # sums, four times as fast as sum(0)
+            squares += ones @ rows.square()
+            drop_pages()
         mean = total / len(self)
         return mean.float(), (squares / len(self) - mean.square()).clamp_min(0).sqrt().float()
 
@@ -255,12 +285,12 @@ class CachedFeatures(torch.utils.data.Dataset):
         rows = rows % len(self)
         view, row = rows // len(self.views[0]), rows % len(self.views[0])
         if len(self.views) == 1:
-            features = self.views[0].features[row]
+            features = gather(self.views[0].features, row)
         else:
             features = self.views[0].features.new_empty(len(rows), self.views[0].features.shape[1])
             for v, cache in enumerate(self.views):
                 here = (view == v).nonzero().squeeze(1)
-                features[here] = cache.features[row[here]]
+                features[here] = gather(cache.features, row[here])
         return {
             "exit_features": features.float(),
             "labels": self.views[0].labels[row],

@@ -22,14 +22,34 @@ def fold(heads: ExitHeads, policy: ExitPolicy) -> tuple[Any, ExitPolicy]:
     gates = getattr(policy, "gates", None)
     if isinstance(gates, (LinearGates, SharedGates)) and _is_exact(policy):
         policy = copy.copy(policy)
-        policy._modules = {**policy._modules, "gates": FoldedGates(gates)}
+        policy._modules = {name: module for name, module in policy._modules.items() if name != "gates"}
+        policy.gates = FoldedGates(gates)
     return folded_heads, policy
 
 
-def weights_state(*modules: nn.Module) -> tuple:
-    """Differs as soon as a parameter or buffer was written to, moved or replaced."""
-    tensors = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
-    return tuple((t.data_ptr(), t.device, 0 if t.is_inference() else t._version) for t in tensors)
+class Folded:
+    """What was folded from heads and a policy, and whether they are still what they were."""
+
+    def __init__(self, heads: ExitHeads, policy: ExitPolicy):
+        self.of = heads, policy
+        self.pair = fold(heads, policy)
+        modules = [module for whole in self.of for module in whole.modules()]
+        groups = [group for module in modules for group in (module._parameters, module._buffers)]
+        self._seen = [(group, name, t, *_written(t)) for group in groups for name, t in group.items() if t is not None]
+
+    def is_of(self, heads: ExitHeads, policy: ExitPolicy) -> bool:
+        """False as soon as a parameter or buffer was written to, moved or replaced."""
+        if heads is not self.of[0] or policy is not self.of[1]:
+            return False
+        return all(
+            group.get(name) is tensor and (place, version) == _written(tensor)
+            for group, name, tensor, place, version in self._seen
+        )
+
+
+def _written(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor is, and how often it was written to."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def _is_exact(module: nn.Module) -> bool:
@@ -134,12 +154,11 @@ class FoldedHeads:
         return FoldedHead(clip, (weight, bias), hidden, out, None, head.input.out_features)
 
 
-class FoldedGates(nn.Module):
+class FoldedGates:
     """`LinearGates` or `SharedGates`, one exit at a time: what the first layer adds for an exit and a lambda is worked
     out once for each."""
 
     def __init__(self, gates: LinearGates | SharedGates):
-        super().__init__()
         self.kind, self.is_shared = gates.kind, isinstance(gates, SharedGates)
         self._known: dict[tuple[int, float | None], Tensor] = {}
         with torch.no_grad():
@@ -155,7 +174,7 @@ class FoldedGates(nn.Module):
             self.second = second.weight.detach().clone(), second.bias.detach().clone()
             self.last, self.bias = last.weight.detach().clone(), gates.bias.detach().clone()[:, None]
 
-    def forward(self, statistics: Tensor, lam: Lambda = None, exits: int = 0) -> Tensor:
+    def __call__(self, statistics: Tensor, lam: Lambda = None, exits: int = 0) -> Tensor:
         """Statistics ``(B, 4)`` of one exit to its gate logits ``(B,)``."""
         if not self.is_shared:
             return F.linear(statistics, self.weight[exits], self.bias[exits]).squeeze(1)
@@ -164,6 +183,8 @@ class FoldedGates(nn.Module):
             state = F.linear(statistics, self.first) + added
         else:
             if (exits, lam) not in self._known:
+                if len(self._known) > 10_000:
+                    self._known.clear()
                 log_lam = self.scaled_log(lam, statistics[:1])
                 self._known[exits, lam] = self.of_exit[exits] + log_lam * self.of_lam
             state = F.linear(statistics, self.first, self._known[exits, lam])

@@ -35,7 +35,7 @@ def fit_held_out(model, validation: Dataset, args: JEIDNNTrainingArguments) -> d
     with torch.no_grad():
         logits = model.heads.answers(members)
     losses = fit_gates(
-        model.policy, logits, labels, model.normalised_mul_adds, model.config.lam,
+        model.policy, logits, labels, model.normalised_costs, model.config.lam,
         kind=model.config.task_cost, steps=args.gate_steps, seed=args.seed,
     )  # fmt: skip
     return {"gate_fit_first_cost": losses[0], "gate_fit_last_cost": losses[-1]}
@@ -113,7 +113,7 @@ def fit_gates(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
     for step in range(steps):
-        lams = lam
+        lams = low
         if low < high:
             lams = draw_log_uniform(low, high, logits, generator)
         cost = relative_cost(task, mul_adds, lams)

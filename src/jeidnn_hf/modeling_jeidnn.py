@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .backbones import pretrained_cfg, select, staged_backbone
 from .calibrated import CalibratedMixin
 from .configuration_jeidnn import JEIDNNConfig
-from .costs import ExitCosts, exit_costs
-from .folded import fold, weights_state
+from .costs import MUL_ADDS, ExitCosts, exit_costs
+from .folded import Folded
 from .gates import ExitPolicy, build_gates
 from .heads import ExitHeads
+from .latency import exit_latency
 from .objectives import PROBLEM_COSTS, expected_cost, task_cost, total_cost
 from .policies import POLICIES, LearnedGates, check_active_exits, policy_class
 from .preprocessing import Preprocessing
@@ -49,6 +50,8 @@ class JEIDNNOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
+logger = logging.get_logger(__name__)
+
 _NOT_NUMBERS = "Expected {} without NaN or infinity, but got some; check the preprocessing or the data."
 
 
@@ -58,8 +61,8 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
     Without labels the network stops for each image at the first exit whose gate is open. With labels, or with
     `output_all_exits=True`, every exit is evaluated. The choice of exit is the same.
 
-    Buffers: exit_mul_adds, what each exit costs in Mul-Adds, and normalised_mul_adds, IC^l, as a share of the
-    backbone's; both ``(L,)``.
+    Buffers: exit_mul_adds, what each exit costs in Mul-Adds, and normalised_costs, IC^l of the table in use, as a share
+    of the backbone's; both ``(L,)``.
     """
 
     base_model_prefix = "jeidnn"
@@ -96,7 +99,7 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
             boosting=config.boosting,
         )
         self.policy = build_policy(config, num_exits)
-        self._folded: tuple | None = None
+        self._folded: Folded | None = None
         self._count_costs()
         for module in self.backbone.modules():
             module._is_hf_initialized = True  # timm initialised it; transformers must not
@@ -105,8 +108,28 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
 
     @property
     def costs(self) -> ExitCosts:
-        """The cost table: cumulative Mul-Adds per exit."""
-        return ExitCosts.from_dict(self.config.mul_adds)
+        """The cost table in use: cumulative Mul-Adds per exit, or milliseconds where `set_costs` put them in."""
+        return ExitCosts.from_dict(self.config.latency or self.config.mul_adds)
+
+    def exit_costs(self, kind: str = "mul_adds", **options: Any) -> ExitCosts:
+        """A table of what each exit costs: ``"mul_adds"``, counted, or ``"latency"``, milliseconds measured here and
+        now, with options of `latency.exit_latency`."""
+        if kind not in ("mul_adds", "latency"):
+            raise ValueError(f"Expected kind to be 'mul_adds' or 'latency', but got {kind!r}.")
+        return exit_latency(self, **options) if kind == "latency" else ExitCosts.from_dict(self.config.mul_adds)
+
+    def set_costs(self, costs: ExitCosts | None) -> None:
+        """What computation costs from now on, for training, policies and reports: a measured table, or None for
+        Mul-Adds. It is saved with the model; gates fitted to other costs have to be fitted anew.
+
+        Raises:
+            ValueError: a table of another number of exits.
+        """
+        if costs is not None and len(costs.total) != self.backbone.num_exits:
+            raise ValueError(f"Expected costs of {self.backbone.num_exits} exits, but got {len(costs.total)}.")
+        self.config.latency = None if costs is None or costs.unit == MUL_ADDS else costs.to_dict()
+        self.operating_point = None
+        self._count_costs()
 
     def set_lambda(self, lam: float) -> None:
         """The lambda in use from now on; within the trained range, else a ValueError. It is saved with the model."""
@@ -130,6 +153,7 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
         active = None if exits is None else check_active_exits(exits, self.backbone.num_exits)
         self.policy.active = self.config.active_exits = active
         self._folded = self.operating_point = None
+        self._forget_latency()
         self._count_costs()
 
     def set_policy(self, policy: ExitPolicy) -> None:
@@ -157,6 +181,7 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
         config.check()
         self.policy = policy.to(self.device)
         self.operating_point = None
+        self._forget_latency()
         self._count_costs()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -230,7 +255,7 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
         loss = None
         if labels is not None:
             task = task_cost(logits, labels, PROBLEM_COSTS[self.config.problem_type])
-            loss = expected_cost(total_cost(task, self.normalised_mul_adds, lam), distribution)
+            loss = expected_cost(total_cost(task, self.normalised_costs, lam), distribution)
             _check_numbers("the loss", loss)
         return JEIDNNOutput(
             loss=loss,
@@ -287,10 +312,14 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
         """Heads and policy, folded where no gradient is asked for; folded anew when a weight has changed."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.heads, self.policy
-        state = (id(self.policy), *weights_state(self.heads, self.policy))
-        if self._folded is None or self._folded[0] != state:
-            self._folded = state, fold(self.heads, self.policy)
-        return self._folded[1]
+        if self._folded is None or not self._folded.is_of(self.heads, self.policy):
+            self._folded = Folded(self.heads, self.policy)
+        return self._folded.pair
+
+    def _forget_latency(self) -> None:
+        if self.config.latency is not None:
+            logger.warning("Milliseconds measured with other exits or another policy are dropped: costs are Mul-Adds.")
+            self.config.latency = None
 
     def _count_costs(self) -> None:
         """Fills in the cost table, in the config and in the buffers."""
@@ -306,8 +335,10 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
 
     def _cost_buffers(self) -> dict[str, Tensor]:
         with torch.device("cpu"):
-            total = torch.tensor(self.costs.total)
-        return {"exit_mul_adds": total, "normalised_mul_adds": total.float() / self.costs.backbone[-1]}
+            return {
+                "exit_mul_adds": torch.tensor(self.exit_costs().total),
+                "normalised_costs": torch.tensor(self.costs.normalised, dtype=torch.float32),
+            }
 
     def _init_weights(self, module: nn.Module) -> None:
         if hasattr(module, "reset_parameters"):

@@ -40,7 +40,7 @@ class EarlyExitImageClassificationPipeline(ImageClassificationPipeline):
             "predictions": [{"label": names[k], "score": float(probabilities[k])} for k in order[:top_k]],
             "exit": int(model_outputs["exit_index"][0]) + 1,
             "mul_adds": mul_adds,
-            "normalised_mul_adds": mul_adds / self.model.costs.backbone[-1],
+            "normalised_mul_adds": mul_adds / self.model.exit_costs().backbone[-1],
         }
         if "sets" in model_outputs:
             answer["prediction_set"] = [names[k] for k in order if model_outputs["sets"][0, k]]

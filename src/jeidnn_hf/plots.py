@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 MARKER_AREA = 500.0  # of all samples, in square points
 SET_SIZE = "inefficiency (mean classes per set)"
-COST = "mean Mul-Adds per image (share of the backbone's)"
 
 AnyCurves = Curves | Mapping[str, Sequence[EvaluationReport]]
 
@@ -40,7 +39,7 @@ def plot_frontier(
     _draw_against_cost(axes, curves, lambda r: (100 * r.accuracy, _percent(r.intervals["accuracy"])))
     if backbone_accuracy is not None:
         axes.axhline(100 * backbone_accuracy, **DOTTED, label="frozen backbone")
-    axes.set(xlabel=COST, ylabel=f"{first.role} accuracy (%)")
+    axes.set(xlabel=_cost_label(first), ylabel=f"{first.role} accuracy (%)")
     return finish(figure, path)
 
 
@@ -49,10 +48,10 @@ def plot_ece(curves: AnyCurves, path: PathLike = None, *, title: str = "") -> Fi
 
     Without bands: the ECE of a tenth of the samples is larger than that of all, and so is the interval of its mean.
     """
-    curves, _ = _by_seed(curves)
+    curves, first = _by_seed(curves)
     figure, (axes,) = new_panels(1, title)
     _draw_against_cost(axes, curves, lambda r: (100 * r.ece, None))
-    axes.set(xlabel=COST, ylabel="ECE (%)")
+    axes.set(xlabel=_cost_label(first), ylabel="ECE (%)")
     axes.set_ylim(bottom=0)
     return finish(figure, path)
 
@@ -74,7 +73,7 @@ def plot_inefficiency(
     Raises:
         ValueError: sets or an alpha that was not evaluated; with ``oracle``, no point left.
     """
-    curves, _ = _by_seed(curves)
+    curves, first = _by_seed(curves)
 
     def measure(name: str, scale: float):
         def at(report: EvaluationReport):
@@ -90,8 +89,8 @@ def plot_inefficiency(
         raise ValueError(f"Expected {wanted}, but got none; evaluate at smaller alphas.")
     _draw_against_cost(right, curves, measure("coverage", 100))
     right.axhline(100 * (1 - alpha), **DOTTED, label=f"{100 * (1 - alpha):g} %")
-    left.set(xlabel=COST, ylabel=SET_SIZE)
-    right.set(xlabel=COST, ylabel="empirical coverage (%)")
+    left.set(xlabel=_cost_label(first), ylabel=SET_SIZE)
+    right.set(xlabel=_cost_label(first), ylabel="empirical coverage (%)")
     return finish(figure, path)
 
 
@@ -121,7 +120,7 @@ def plot_conformal_methods(
             axes.set_title(method, fontsize="medium")
             _draw_against_cost(axes, curves, measure(method))
     for axes in panels:
-        axes.set_xlabel(COST)
+        axes.set_xlabel(_cost_label(first))
     for axes in panels[::3]:
         axes.set_ylabel(SET_SIZE)
     return finish(figure, path)
@@ -200,7 +199,7 @@ def plot_miscoverage(
 ) -> Figure:
     """Empirical miscoverage, averaged over a method's operating points and seeds, against the alpha that was asked for
     (Figure 5c)."""
-    curves, _ = _by_seed(curves)
+    curves, first = _by_seed(curves)
     figure, (axes,) = new_panels(1, title)
     for i, (name, seeds) in enumerate(curves.items()):
         reports = [report for reports in seeds.values() for report in reports]
@@ -313,10 +312,14 @@ def _exit_axis(
     _check_reports(reports)
     counts = {len(report.share_by_exit) for report in reports.values()}
     for axes in panels:
-        axes.set_xlabel("exit" if len(counts) == 1 else "Mul-Adds of leaving there (share of the backbone's)")
+        axes.set_xlabel("exit" if len(counts) == 1 else "cost of leaving there (share of the backbone's)")
         if len(counts) == 1:
             axes.set_xticks(range(1, max(counts) + 1, -(-max(counts) // 10)))
     return lambda report: range(1, max(counts) + 1) if len(counts) == 1 else report.exit_mul_adds
+
+
+def _cost_label(report: EvaluationReport) -> str:
+    return f"mean {report.cost_unit} per image (share of the backbone's)"
 
 
 def _check_reports(reports: Mapping[str, EvaluationReport]) -> None:

@@ -9,7 +9,6 @@ from operator import itemgetter
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -18,6 +17,7 @@ from .calibration import fit_temperatures
 from .costs import ExitCosts
 from .files import written_whole
 from .gates import ExitPolicy
+from .processes import gathered, rank_and_number
 from .splits import SplitInfo
 
 
@@ -31,8 +31,7 @@ def collect_logits(model, images: Dataset, batch_size: int = 512, members: bool 
     ``members``: the IMs' own logits, before ensemble and boosting.
     """
     answer = model.heads.members if members else model.heads
-    together = dist.is_available() and dist.is_initialized()
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    rank, processes = rank_and_number()
     pieces, device = [], model.device
     for start in range(rank * batch_size, len(images), processes * batch_size):
         batch = images.__getitems__(range(start, min(start + batch_size, len(images))))
@@ -41,10 +40,7 @@ def collect_logits(model, images: Dataset, batch_size: int = 512, members: bool 
         else:
             features = model.backbone(batch["pixel_values"].to(device))
         pieces.append((start, answer(features).cpu(), batch["labels"]))
-    if processes > 1:
-        everyones = [None] * processes
-        dist.all_gather_object(everyones, pieces)
-        pieces = sorted(sum(everyones, []), key=itemgetter(0))
+    pieces = sorted(sum(gathered(pieces), []), key=itemgetter(0))
     _, logits, labels = zip(*pieces, strict=True)
     return torch.cat(logits), torch.cat(labels)
 

@@ -75,7 +75,7 @@ def at_budget(curves: Curves, budget: float) -> dict[str, EvaluationReport]:
 
 
 def check_comparable(curves: Curves) -> EvaluationReport:
-    """Any of the reports; a ValueError where there is none, or where two are not of the same images."""
+    """Any of the reports; a ValueError where there is none, or where two are not of the same images or in one unit."""
     reports = [report for seeds in curves.values() for reports in seeds.values() for report in reports]
     empty = [method for method, seeds in curves.items() if not all(seeds.values()) or not seeds]
     if empty or not reports:
@@ -83,4 +83,7 @@ def check_comparable(curves: Curves) -> EvaluationReport:
     splits = sorted({(r.dataset, r.role, r.split_sha256[:8]) for r in reports})
     if len(splits) > 1:
         raise ValueError(f"Expected reports on the same images, but got {splits}; draw them in separate figures.")
+    units = sorted({report.cost_unit for report in reports})
+    if len(units) > 1:
+        raise ValueError(f"Expected costs in one unit, but got {units}; draw them in separate figures.")
     return reports[0]

@@ -250,7 +250,7 @@ def measure_speed(
         "lam": lam,
         "early": len(images) / min(seconds["early"]),
         "full": len(images) / min(seconds["full"]),
-        "mul_adds": float(torch.cat(spent).double().mean()) / model.costs.backbone[-1],
+        "mul_adds": float(torch.cat(spent).double().mean()) / model.exit_costs().backbone[-1],
         "agree": float(torch.cat(agree).float().mean()),
     }
 

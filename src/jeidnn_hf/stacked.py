@@ -214,7 +214,7 @@ class StackedTraining:
         for s in range(len(self.members)):
             model = self.load_member(s)
             logits, labels = collect_logits(model, self.validation, members=True)
-            costs = model.normalised_mul_adds.cpu()
+            costs = model.normalised_costs.cpu()
             self.im_training.weigh_classes(logits, labels, costs, model.config, self.members[s].lam)
             for name, value in self.im_training.named_buffers(prefix="im_training"):
                 self.buffers[name][s] = value
@@ -258,7 +258,7 @@ class MemberLoss(nn.Module):
     def __init__(self, model: JEIDNNForImageClassification, im_training: nn.Module):
         super().__init__()
         self.policy, self.im_training = model.policy, im_training
-        self.shared = {"config": model.config, "normalised_mul_adds": model.normalised_mul_adds}
+        self.shared = {"config": model.config, "normalised_costs": model.normalised_costs}
         self.answers = model.heads.answers
 
     def forward(self, logits: Tensor, labels: Tensor, phase: Phase, lam: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ class JEIDNNTrainer(Trainer):
             return
         logits, labels = collect_logits(self.model, self.eval_dataset, members=True)
         lam = draw_lambda(self.model.config, labels)
-        costs = self.model.normalised_mul_adds.cpu()
+        costs = self.model.normalised_costs.cpu()
         self.im_training.weigh_classes(logits, labels, costs, self.model.config, lam)
         self._weighed_epoch = epoch
 
@@ -196,7 +196,7 @@ class JEIDNNTrainer(Trainer):
         config, policy = self.model.config, self.model.policy
         device = next(policy.parameters()).device
         logits, labels, lam = logits.to(device), labels.to(device), config.current_lam
-        costs = self.model.normalised_mul_adds
+        costs = self.model.normalised_costs
         chosen, distribution, gates = policy(logits, lam)
         chosen = chosen[:, None]
         right = (logits.argmax(-1) == labels[:, None]).float()

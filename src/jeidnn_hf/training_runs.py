@@ -145,7 +145,7 @@ def dry_run(config: Mapping[str, Any], only: Sequence[str] | None = None, quiet:
             row = {
                 "run": name, "backbone": model.config.backbone, "image_size": size, "num_labels": labels,
                 "lam": model.config.lam, "exits": model.backbone.num_exits, "loss": loss,
-                "first_exit_mul_adds": float(model.costs.normalised[0]),
+                "first_exit_mul_adds": float(model.exit_costs().normalised[0]),
             }  # fmt: skip
             done.append(row)
             if not quiet:

@@ -31,7 +31,7 @@ def model_of(gates: torch.nn.Module, lam: float | list[float] = 0.7) -> SimpleNa
     config = SimpleNamespace(lam=lam, current_lam=0.7, has_lam_range=isinstance(lam, list))
     heads = SimpleNamespace(members=lambda features: torch.stack(list(features), dim=1))
     return SimpleNamespace(
-        config=config, heads=heads, policy=LearnedGates(gates, 3, form="stick"), normalised_mul_adds=COSTS
+        config=config, heads=heads, policy=LearnedGates(gates, 3, form="stick"), normalised_costs=COSTS
     )
 
 

@@ -177,5 +177,5 @@ def test_a_network_leaves_early_with_the_answers_of_all_exits(head):
     assert torch.equal(every.exit_distribution.argmax(-1), every.exit_index)
     assert torch.equal(labelled.exit_index, every.exit_index)
     cost = F.cross_entropy(labelled.logits, torch.zeros(40, dtype=torch.int64))
-    expected = cost + model.config.current_lam * model.normalised_mul_adds[labelled.exit_index].mean()
+    expected = cost + model.config.current_lam * model.normalised_costs[labelled.exit_index].mean()
     assert float(labelled.loss) == pytest.approx(float(expected), rel=1e-5)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ def check_statistics(names: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
+@cache
 def grid_size(name: str) -> int:
     """G of ``avgG`` and ``maxG``; 1 for the others."""
     digits = re.search(r"\d+$", name)

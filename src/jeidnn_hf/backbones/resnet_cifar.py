@@ -137,6 +137,8 @@ def resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
 class CifarResNetBackbone(StagedBackbone):
     """An exit after every block; the state is the map ``(B, C, H, W)``."""
 
+    channels_last = True
+
     @cached_property
     def _blocks(self) -> list[nn.Module]:
         return [*self.model.layer1, *self.model.layer2, *self.model.layer3]

@@ -24,6 +24,8 @@ State = Any
 def select(tree: Any, rows: Tensor) -> Any:
     """Keeps the given rows (an index tensor) of every tensor in a pytree; ``None`` stays ``None``."""
     if isinstance(tree, Tensor):
+        if tree.dim() == 4 and tree.is_contiguous(memory_format=torch.channels_last):  # index_select would undo that
+            return tree.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
         return tree.index_select(0, rows)
     if isinstance(tree, dict):
         return {key: select(value, rows) for key, value in tree.items()}
@@ -83,6 +85,9 @@ class StagedBackbone(nn.Module):
 
     # What a family defines.
 
+    channels_last = False
+    """Whether the network is fastest with its weights and maps laid out pixel by pixel, as convolutions are."""
+
     @property
     def num_blocks(self) -> int:
         raise NotImplementedError
@@ -120,6 +125,8 @@ class StagedBackbone(nn.Module):
                 f"Expected pixel_values of shape (batch, {', '.join(map(str, expected))}), but got "
                 f"{tuple(pixel_values.shape)}; resize with the model's own preprocessing."
             )
+        if self.channels_last:
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         return self.embed(pixel_values)
 
     def stage(self, l: int, state: State) -> State:
@@ -158,6 +165,8 @@ class StagedBackbone(nn.Module):
     def freeze(self) -> None:
         self.requires_grad_(False)
         self.train(False)
+        if self.channels_last:
+            self.model.to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> StagedBackbone:
         """Stays in eval mode: no dropout, no drop-path, no BatchNorm updates."""

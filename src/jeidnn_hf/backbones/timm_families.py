@@ -122,6 +122,8 @@ class HieraBackbone(StagedBackbone):
 class ChainBackbone(StagedBackbone):
     """A network whose blocks are chains of modules; the state, an exit's map as well, is one map ``(B, C, H, W)``."""
 
+    channels_last = True
+
     def chains(self) -> Iterable[tuple[nn.Module, ...]]:
         """The modules of each block in turn."""
         raise NotImplementedError
@@ -165,6 +167,8 @@ def _downsampled(stages: Iterable[nn.Module]) -> Iterable[tuple[nn.Module, ...]]
 @register_family(SwinTransformer)
 class SwinBackbone(ChainBackbone):
     """Swin; the state is the map with its channels last, ``(B, H, W, C)``."""
+
+    channels_last = False
 
     def chains(self) -> Iterable[tuple[nn.Module, ...]]:
         return _downsampled(self.model.layers)

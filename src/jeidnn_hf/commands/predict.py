@@ -87,7 +87,7 @@ def predictions(model, paths: Sequence[Path], alpha: float | None, batch_size: i
     from ..preprocessing import Preprocessing
 
     preprocessing = Preprocessing.from_dict(model.config.preprocessing)
-    names, costs = model.config.id2label, model.costs
+    names, costs = model.config.id2label, model.exit_costs()
     if alpha is None and model.has_sets(DEFAULT_ALPHA):
         alpha = DEFAULT_ALPHA
     for start in range(0, len(paths), batch_size):

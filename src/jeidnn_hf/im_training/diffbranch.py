@@ -45,4 +45,4 @@ class DiffBranch(Plain):
         task, log_distribution = task_cost(logits, labels), exit_log_distribution(model.policy.gate_logits(logits, lam))
         if self.args.mixture == "probabilities":
             task = mixture_cost(task, log_distribution)[:, None]
-        return expected_cost(scaled_cost(task, model.normalised_mul_adds, lam, model.config), log_distribution.exp())
+        return expected_cost(scaled_cost(task, model.normalised_costs, lam, model.config), log_distribution.exp())

@@ -40,7 +40,7 @@ class JEIDNN(Plain):
         """Gates see the answers detached; IMs see the gates detached (Eq. 30), unless ``full_gradient`` (Eq. 28-29)."""
         if phase is Phase.WARMUP:
             return super().loss(model, features, labels, phase, lam)
-        config, costs = model.config, model.normalised_mul_adds
+        config, costs = model.config, model.normalised_costs
         if phase is Phase.GATE:
             with torch.no_grad():
                 logits = model.heads.members(features)
