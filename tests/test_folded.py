@@ -9,7 +9,7 @@ from jeidnn_hf import JEIDNNConfig, JEIDNNForImageClassification
 from jeidnn_hf.folded import FoldedGates, FoldedHeads, fold
 from jeidnn_hf.gates import LinearGates, SharedGates
 from jeidnn_hf.heads import ExitHeads
-from jeidnn_hf.policies import LearnedGates, opened_exits
+from jeidnn_hf.policies import ConfidenceThreshold, LearnedGates, choose_active_exits
 from jeidnn_hf.record import ExitRecord
 from jeidnn_hf.splits import SplitInfo
 
@@ -137,8 +137,10 @@ def test_exits_that_nobody_takes_can_be_switched_off(tmp_path):
     net = model(recipe="default")
     net.policy.gates.bias.copy_(torch.tensor([-60.0, 0, -60, 1, -60, -60, 0, -60]))
     record, lams = record_of(net), [0.01, 0.1, 1.0]
-    opened = opened_exits(record, net.policy, lams)
-    assert opened[-1] == 8 and set(opened) <= {1, 3, 6, 8}
+    choice = choose_active_exits(record, net.policy, lams)
+    opened = choice.exits
+    assert opened[-1] == 8 and set(opened) <= {1, 3, 6, 8} and net.policy.active is None
+    assert all(before == after for before, after in (*choice.accuracy, *choice.cost))  # nobody took the others
     before, dearer = net(PICTURES, lam=0.1), net.costs
     net.set_active_exits(opened)
     after = net(PICTURES, lam=0.1)
@@ -170,9 +172,37 @@ def test_wrong_active_exits_are_refused_and_change_nothing(exits):
 
 
 def test_other_policies_ask_every_exit():
-    from jeidnn_hf.policies import ConfidenceThreshold
-
     net = model(recipe="paper")
     net.set_policy(ConfidenceThreshold.fit(record_of(net), budget=0.7))
     with pytest.raises(ValueError, match="policy='gates'"):
         net.set_active_exits([8])
+    with pytest.raises(ValueError, match="Expected gates, but got ConfidenceThreshold"):
+        choose_active_exits(record_of(net), net.policy, [None])
+
+
+@torch.no_grad()
+def test_the_exits_that_most_samples_take_are_kept_and_the_difference_is_reported():
+    net = model(recipe="default")
+    record, lams = record_of(net), [0.01, 1.0]
+    net.policy.gates.bias -= net.policy.gate_logits(record.logits, 0.1).quantile(0.75, dim=0)
+    taken = torch.stack([net.policy.decide(record.logits, lam).bincount(minlength=9) for lam in lams]).amax(0)
+    taken[8] = 99
+    choice = choose_active_exits(record, net.policy, lams, most=3)
+    others = [l for l in range(9) if l not in choice.exits]
+    assert len(choice.exits) == 3 and taken[choice.exits].min() >= taken[others].max() > 0
+    net.policy.active = choice.exits
+    for i, lam in enumerate(lams):
+        chosen = net.policy.decide(record.logits, lam)
+        right = record.logits[torch.arange(64), chosen].argmax(-1) == record.labels
+        assert choice.accuracy[i][1] == pytest.approx(float(right.double().mean()))
+        assert choice.cost[i][1] == pytest.approx(float(record.normalised_costs[chosen].mean()), rel=1e-6)
+        assert choice.cost[i][1] >= choice.cost[i][0]  # whose exit is shut goes on
+    assert "active exits, from 0: " + str(choice.exits) in str(choice) and "lambda 0.01: accuracy" in str(choice)
+    assert choose_active_exits(record, net.policy, lams, most=1).exits == [8]
+
+
+@pytest.mark.parametrize("options, message", [({"lams": []}, "lambdas to choose"), ({"most": 0}, "most to be 1")])
+def test_wrong_choices_are_refused(options, message):
+    net = model(recipe="default")
+    with pytest.raises(ValueError, match=message):
+        choose_active_exits(record_of(net), net.policy, **{"lams": [0.1], **options})

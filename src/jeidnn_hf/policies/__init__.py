@@ -1,8 +1,9 @@
 """Exit policies, one file each; each is fitted to a budget on an ExitRecord, and is saved with a model."""
 
 from ..gates import ExitPolicy
+from .active import ActiveExits, choose_active_exits
 from .eenet import EENetScheduler
-from .learned import LearnedGates, check_active_exits, opened_exits
+from .learned import LearnedGates, check_active_exits
 from .patience import Patience
 from .quota import QuotaThresholds
 from .random import RandomExits
@@ -10,6 +11,7 @@ from .threshold import ConfidenceThreshold
 
 __all__ = [
     "POLICIES",
+    "ActiveExits",
     "ConfidenceThreshold",
     "EENetScheduler",
     "LearnedGates",
@@ -17,7 +19,7 @@ __all__ = [
     "QuotaThresholds",
     "RandomExits",
     "check_active_exits",
-    "opened_exits",
+    "choose_active_exits",
     "policy_class",
 ]
 

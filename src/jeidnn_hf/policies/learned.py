@@ -201,12 +201,3 @@ def check_active_exits(exits: Sequence[int], num_exits: int) -> list[int]:
             f"{exits!r}."
         )
     return list(exits)
-
-
-def opened_exits(record: ExitRecord, policy: ExitPolicy, lams: Sequence[float | None], least: int = 1) -> list[int]:
-    """The exits, from 0, at which at least ``least`` samples of a held-out record leave at one of the lambdas; and the
-    last one. For ``model.set_active_exits``."""
-    counts = [torch.bincount(policy.decide(record.logits, lam), minlength=record.num_exits) for lam in lams]
-    opened = torch.stack(counts).amax(0) >= least
-    opened[-1] = True
-    return opened.nonzero().flatten().tolist()
