@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jeidnn_hf import EvaluationReport, ExitRecord, JEIDNNConfig, JEIDNNForImageClassification, evaluate
 from jeidnn_hf.conformal import METHODS, ConformalScore
-from jeidnn_hf.costs import ExitCosts
+from jeidnn_hf.costs import COLUMNS, ExitCosts
 from jeidnn_hf.gates import ExitPolicy, LinearGates, SharedGates
 from jeidnn_hf.metrics import bootstrap_interval, disjoint_subsets
 from jeidnn_hf.operating_point import OperatingPoint
@@ -43,7 +43,7 @@ def record_of(
     random = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (samples,), generator=random)
     favoured = torch.nn.functional.one_hot(labels, classes)[:, None] * torch.linspace(0.5, 2.5, exits)[:, None]
-    costs = ExitCosts(**{name: values[-exits:] for name, values in asdict(COSTS).items()})
+    costs = ExitCosts(*(getattr(COSTS, name)[-exits:] for name in COLUMNS))
     logits = torch.randn(samples, exits, classes, generator=random) + favoured
     return ExitRecord(logits, labels, costs, split, **options)
 
@@ -170,6 +170,7 @@ def by_hand(
         "calibration_sha256": point and point.calibration and "ef" * 32,
         "seed": seed,
         "images_per_second": {},
+        "cost_unit": "Mul-Adds",
         "schema_version": 2,
     }
 
