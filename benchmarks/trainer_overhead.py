@@ -1,4 +1,4 @@
-"""One epoch of JEIDNNTrainer from the feature cache against a bare PyTorch loop over the same tensors.
+"""Epochs of JEIDNNTrainer from the feature cache against a bare PyTorch loop over the same tensors.
 
     python benchmarks/trainer_overhead.py
 
@@ -22,6 +22,8 @@ from jeidnn_hf import JEIDNNConfig, JEIDNNForImageClassification, JEIDNNTrainer,
 from jeidnn_hf.feature_cache import CachedFeatures, FeatureCache
 from jeidnn_hf.objectives import task_cost, warmup_loss
 
+EPOCHS = 5
+
 
 def synthetic_cache(folder: Path, rows: int, dims: tuple[int, ...], num_labels: int) -> CachedFeatures:
     generator = torch.Generator().manual_seed(0)
@@ -35,10 +37,10 @@ def synthetic_cache(folder: Path, rows: int, dims: tuple[int, ...], num_labels: 
     return CachedFeatures([FeatureCache(path)])
 
 
-def bare_epoch(model, train: CachedFeatures, batch_size: int) -> float:
+def bare_epochs(model, train: CachedFeatures, batch_size: int) -> float:
     optimizer = torch.optim.Adam(model.heads.parameters(), lr=0.01, weight_decay=5e-4, fused=True)
     started = time.perf_counter()
-    for rows in torch.randperm(len(train)).split(batch_size):
+    for rows in (rows for _ in range(EPOCHS) for rows in torch.randperm(len(train)).split(batch_size)):
         batch = train.__getitems__(rows)
         features = model.split_features(batch["exit_features"])
         loss = warmup_loss(task_cost(model.heads.members(features), batch["labels"]))
@@ -48,10 +50,10 @@ def bare_epoch(model, train: CachedFeatures, batch_size: int) -> float:
     return time.perf_counter() - started
 
 
-def trainer_epoch(model, train: CachedFeatures, validation: CachedFeatures, batch_size: int, folder: str) -> float:
+def trainer_epochs(model, train: CachedFeatures, validation: CachedFeatures, batch_size: int, folder: str) -> float:
     args = JEIDNNTrainingArguments(
-        output_dir=folder, recipe="paper", num_train_epochs=1, warmup_epochs=1, per_device_train_batch_size=batch_size,
-        report_to="none", disable_tqdm=True, save_strategy="no", logging_strategy="no",
+        output_dir=folder, recipe="paper", num_train_epochs=EPOCHS, warmup_epochs=EPOCHS,
+        per_device_train_batch_size=batch_size, report_to="none", disable_tqdm=True, save_strategy="no", logging_strategy="no",
     )  # fmt: skip
     trainer = JEIDNNTrainer(model, args, train, validation)
     trainer.create_optimizer()
@@ -83,9 +85,9 @@ def main() -> None:
             validation = synthetic_cache(Path(folder), 100, model.backbone.exit_dims, 10)
             bare, trained = [], []
             for _ in range(options.repetitions):
-                bare.append(bare_epoch(model, train, batch_size))
-                trained.append(trainer_epoch(model, train, validation, batch_size, folder))
-            steps = -(-rows // batch_size)
+                bare.append(bare_epochs(model, train, batch_size))
+                trained.append(trainer_epochs(model, train, validation, batch_size, folder))
+            steps = EPOCHS * -(-rows // batch_size)
             row = {
                 "case": name,
                 "bare_ms_per_step": 1e3 * statistics.median(bare) / steps,

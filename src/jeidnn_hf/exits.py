@@ -67,14 +67,17 @@ def exit_mass(gate: Tensor, remaining: Tensor, form: str) -> Tensor:
 
 
 def _masses(gates: Tensor, form: str) -> tuple[Tensor, Tensor]:
-    """P(G=l) and r_l of all exits, each ``(..., L)``, from gates ``(..., L-1)``."""
-    remaining = [gates.new_ones(gates.shape[:-1])]
-    masses = []
-    for gate in gates.unbind(-1):
-        masses.append(exit_mass(gate, remaining[-1], form))
-        remaining.append(remaining[-1] - masses[-1])
-    masses.append(remaining[-1])
-    return torch.stack(masses, -1), torch.stack(remaining, -1)
+    """P(G=l) and r_l of all exits, each ``(..., L)``, from gates ``(..., L-1)``: the recursion in closed form."""
+    certain = gates.new_ones(*gates.shape[:-1], 1)
+    if form == "min":
+        after = (1 - gates.cumsum(-1)).clamp_min(0)
+    elif form == "cumulative":
+        after = 1 - gates.cummax(-1).values if gates.shape[-1] else gates
+    else:
+        after = (1 - gates).cumprod(-1)
+    remaining = torch.cat([certain, after], -1)
+    masses = torch.cat([exit_mass(gates, remaining[..., :-1], form), remaining[..., -1:]], -1)
+    return masses, remaining
 
 
 def exit_distribution(gates: Tensor, form: str = "min") -> Tensor:
