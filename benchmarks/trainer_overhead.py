@@ -53,7 +53,8 @@ def bare_epochs(model, train: CachedFeatures, batch_size: int) -> float:
 def trainer_epochs(model, train: CachedFeatures, validation: CachedFeatures, batch_size: int, folder: str) -> float:
     args = JEIDNNTrainingArguments(
         output_dir=folder, recipe="paper", num_train_epochs=EPOCHS, warmup_epochs=EPOCHS,
-        per_device_train_batch_size=batch_size, report_to="none", disable_tqdm=True, save_strategy="no", logging_strategy="no",
+        per_device_train_batch_size=batch_size,
+        report_to="none", disable_tqdm=True, save_strategy="no", logging_strategy="no",
     )  # fmt: skip
     trainer = JEIDNNTrainer(model, args, train, validation)
     trainer.create_optimizer()
