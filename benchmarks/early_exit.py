@@ -27,6 +27,10 @@ from jeidnn_hf.policies import LearnedGates
 CASES: dict[str, dict[str, Any]] = {
     "resnet56, 27 exits": {"backbone": "resnet56_cifar"},
     "resnet56, 9 exits": {"backbone": "resnet56_cifar", "exit_stages": list(range(2, 27, 3))},
+    "resnet56, 27 exits, 9 of them active": {
+        "backbone": "resnet56_cifar", "recipe": "default", "active_exits": list(range(2, 27, 3)),
+    },
+    "resnet56, 27 exits, paper's recipe": {"backbone": "resnet56_cifar", "recipe": "paper"},
     "t2t_vit_7, 7 exits, 224 px": {"backbone": "t2t_vit_7"},
     "vit_tiny, 12 exits, 224 px": {"backbone": "vit_tiny_patch16_224"},
     "efficientnet_lite0, 16 exits, 96 px": {"backbone": "tf_efficientnet_lite0", "image_size": 96},
@@ -48,24 +52,27 @@ def scheduled_model(config: dict[str, Any]) -> JEIDNNForImageClassification:
     torch.manual_seed(0)
     model = JEIDNNForImageClassification(JEIDNNConfig(num_labels=10, **config)).eval()
     policy = model.policy
-    model.policy = Scheduled(policy.gates, policy.num_exits, policy.form, policy.rule, policy.threshold)
+    options = policy.num_exits, policy.form, policy.rule, policy.threshold, policy.active
+    model.policy = Scheduled(policy.gates, *options)
     return model
 
 
-def evenly_spread(costs: torch.Tensor, count: int) -> torch.Tensor:
-    """``count`` exit numbers in mixed order, spread evenly over the first exits, so many that the mean cost is nearest
-    to a half."""
+def evenly_spread(model: JEIDNNForImageClassification, count: int) -> torch.Tensor:
+    """``count`` exit numbers in mixed order, spread evenly over the first active exits, so many that the mean cost is
+    nearest to a half."""
+    active = torch.tensor(model.active_exits)
+    costs = model.normalised_costs[active]
     means = costs.cumsum(0) / torch.arange(1, len(costs) + 1)
     exits = int((means - 0.5).abs().argmin()) + 1
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    return (torch.arange(count) * exits // count)[order]
+    return active[(torch.arange(count) * exits // count)[order]]
 
 
 def measure(model: JEIDNNForImageClassification, batch_size: int, repetitions: int) -> dict[str, Any]:
     """Milliseconds an image without exits, with all exits and nobody leaving, and leaving by the schedule."""
     exits, size = model.backbone.num_exits, model.config.image_size
     count = batch_size if batch_size > 1 else 2 * exits
-    schedule = evenly_spread(model.normalised_costs, count)
+    schedule = evenly_spread(model, count)
     images = torch.randn(count, 3, size, size)
     if model.backbone.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
