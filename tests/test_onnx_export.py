@@ -161,6 +161,20 @@ def test_torch_export_gives_the_same(tmp_path):
         OnnxEarlyExit(tmp_path)
 
 
+def test_all_exits_of_a_checkpoint_for_a_range_of_lambdas(tmp_path):
+    """Any number of images, each with a lambda of its own."""
+    config = JEIDNNConfig(backbone="resnet20_cifar", num_labels=5, exit_stages=STAGES)
+    model = JEIDNNForImageClassification(config).eval()
+    export_all_exits(model, tmp_path / "all.pt2")
+    program = torch.export.load(tmp_path / "all.pt2").module()
+    for count in (1, 7, 20):
+        x, lam = pixels(model, count, seed=3), torch.linspace(0.01, 1.0, count)
+        with torch.no_grad():
+            expected = model(x, lam=lam, output_all_exits=True)
+            logits, exit_index = program(x, lam)
+        assert exit_index.equal(expected.exit_index) and torch.allclose(logits, expected.all_logits, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_one_segment_for_each_active_exit(tmp_path):
     model = varied_model(exit_head="recurrent", ensemble=True, gate_form="stick", exit_stages=[0, 2, 4, 8])

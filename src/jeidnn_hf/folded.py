@@ -107,7 +107,7 @@ class FoldedHeads:
             logits = z if self.ensemble is None else z / self.last_temperature
         if self.ensemble is None:
             return logits, FoldedCarry(hidden)
-        sums = self.bias.expand(len(z), -1, -1) if sums is None else sums[:, 1:]
+        sums = self.bias.expand(z.shape[0], -1, -1) if sums is None else sums[:, 1:]
         sums = torch.addcmul(sums, logits.log_softmax(-1)[:, None], self.ensemble[l])
         return sums[:, 0], FoldedCarry(hidden, sums)
 

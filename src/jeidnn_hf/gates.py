@@ -171,10 +171,10 @@ class SharedGates(nn.Module):
         """log lambda scaled to [-1, 1] over its range, one for each of ``like``'s rows."""
         low, high = map(math.log, self.lam_range)
         if low == high:
-            return like.new_zeros(len(like))
+            return like.new_zeros(like.shape[0])
         if lam is None:
             raise ValueError(f"Expected a lambda in {list(self.lam_range)} for gates that read it, but got None.")
-        lam = torch.as_tensor(lam, dtype=like.dtype, device=like.device).expand(len(like))
+        lam = torch.as_tensor(lam, dtype=like.dtype, device=like.device).expand(like.shape[0])
         return (2 * lam.log() - (low + high)) / (high - low)
 
     def mul_adds(self, num_labels: int) -> int:
