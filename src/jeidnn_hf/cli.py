@@ -63,6 +63,10 @@ def exit_status(name: str, run: Callable[[], None], debug: bool = False) -> int:
             raise
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    if "torch.distributed" in sys.modules:
+        from .processes import leave
+
+        leave()
     return 0
 
 

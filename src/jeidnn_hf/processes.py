@@ -26,6 +26,12 @@ def gathered(value: Result) -> list[Result]:
     return values
 
 
+def leave() -> None:
+    """Ends the group of processes, if there is one; one that is still there when a program ends can abort it."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def in_each(work: Callable[[], Result]) -> list[Result]:
     """What ``work`` gives in every process, in order of rank; all have to call it.
 
