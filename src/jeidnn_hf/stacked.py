@@ -21,7 +21,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from .feature_cache import CachedFeatures
 from .im_training import IM_TRAININGS, Phase
 from .modeling_jeidnn import JEIDNNForImageClassification
-from .optimizers import build_optimizer, build_schedule
+from .optimizers import build_optimizer, build_schedule, first_given
 from .record import collect_logits
 from .stacked_heads import stack_heads
 from .trainer import phase_at, set_feature_statistics
@@ -115,7 +115,7 @@ class StackedTraining:
     def batches(self, epoch: int) -> Sequence[Tensor]:
         """The rows of each batch of an epoch, as the Trainer's data loader gives them."""
         sampler = SeedableRandomSampler(
-            self.train_data, generator=torch.Generator(), data_seed=_first_given(self.args.data_seed, self.args.seed)
+            self.train_data, generator=torch.Generator(), data_seed=first_given(self.args.data_seed, self.args.seed)
         )
         sampler.set_epoch(epoch)
         return torch.tensor(list(sampler)).split(self.args.per_device_train_batch_size)
@@ -277,7 +277,3 @@ class _Given:
 
     def __call__(self, logits: Tensor) -> Tensor:
         return self._answers(self.members(logits))
-
-
-def _first_given(*values):
-    return next(value for value in values if value is not None)
