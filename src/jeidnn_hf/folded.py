@@ -27,31 +27,6 @@ def fold(heads: ExitHeads, policy: ExitPolicy) -> tuple[Any, ExitPolicy]:
     return folded_heads, policy
 
 
-class Folded:
-    """What was folded from heads and a policy, and whether they are still what they were."""
-
-    def __init__(self, heads: ExitHeads, policy: ExitPolicy):
-        self.of = heads, policy
-        self.pair = fold(heads, policy)
-        modules = [module for whole in self.of for module in whole.modules()]
-        groups = [group for module in modules for group in (module._parameters, module._buffers)]
-        self._seen = [(group, name, t, *_written(t)) for group in groups for name, t in group.items() if t is not None]
-
-    def is_of(self, heads: ExitHeads, policy: ExitPolicy) -> bool:
-        """False as soon as a parameter or buffer was written to, moved or replaced."""
-        if heads is not self.of[0] or policy is not self.of[1]:
-            return False
-        return all(
-            group.get(name) is tensor and (place, version) == _written(tensor)
-            for group, name, tensor, place, version in self._seen
-        )
-
-
-def _written(tensor: Tensor) -> tuple[int, int]:
-    """Where a tensor is, and how often it was written to."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-
-
 def _is_exact(module: nn.Module) -> bool:
     return all(tensor.dtype in (torch.float32, torch.float64) for tensor in module.parameters())
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .costs import ExitCosts
+from .fused import FusedExits
 
 if TYPE_CHECKING:
     from .modeling_jeidnn import JEIDNNForImageClassification
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 def exit_latency(model: JEIDNNForImageClassification, *, batch_size: int = 1, repetitions: int = 20) -> ExitCosts:
     """Milliseconds an image up to each exit, backbone, pooling, head and gate timed one by one along one pass.
 
-    Every piece is the one that early exit runs, at a batch of constant size. Medians over the repetitions; the table
-    says where it was measured. ``model.set_costs`` puts it in use.
+    Every piece is the one that early exit runs, at a batch of constant size; a fused exit is one piece, and stands with
+    the heads. Medians over the repetitions; the table says where it was measured. ``model.set_costs`` puts it in use.
 
     Args:
         model: on the device and in the type to measure.
@@ -47,7 +48,7 @@ def exit_latency(model: JEIDNNForImageClassification, *, batch_size: int = 1, re
 def _timed_pass(model: JEIDNNForImageClassification, batch_size: int) -> dict[str, list[float]]:
     """Seconds of each part at each exit."""
     backbone, config, active = model.backbone, model.config, set(model.active_exits)
-    heads, policy = model._for_inference()
+    exits = model.exits(batch_size)
     device, last = model.device, backbone.num_exits - 1
     shape = (batch_size, config.num_channels, config.image_size, config.image_size)
     pixels = torch.zeros(shape, dtype=backbone.model_dtype, device=device)
@@ -61,21 +62,25 @@ def _timed_pass(model: JEIDNNForImageClassification, batch_size: int) -> dict[st
         seconds[part].append(time.perf_counter() - started)
         return result
 
-    state, feature, head_carry, policy_carry = timed("backbone", backbone.stem, pixels), None, None, None
+    state, carry = timed("backbone", backbone.stem, pixels), exits.begin(batch_size, config.current_lam)
     stem = seconds["backbone"].pop()
     for l in range(last + 1):
         state = timed("backbone", backbone.stage, l, state)
         seconds["backbone"][-1] += stem if l == 0 else 0.0
-        is_active = l in active
-        if l == last:  # its feature is the network's own answer
-            feature = timed("backbone", backbone.exit_feature, l, state)
-            seconds["backbone"][-2] += seconds["backbone"].pop()
-        elif is_active or heads.remembers:
-            feature = timed("pooling", backbone.exit_feature, l, state)
-        if is_active or heads.remembers:
-            logits, head_carry = timed("heads", heads.step, l, feature, head_carry, is_active)
-        if is_active and l < last:
-            _, policy_carry = timed("gates", policy.step, l, logits, policy_carry, config.current_lam)
+        ask = l in active
+        if ask or exits.remembers:
+            if isinstance(exits, FusedExits):
+                *_, carry = timed("heads", exits.step, l, state, carry, config.current_lam, ask)
+            else:
+                # the last exit's feature is the network's own answer
+                feature = timed("backbone" if l == last else "pooling", exits.feature, l, state)
+                if l == last:
+                    seconds["backbone"][-2] += seconds["backbone"].pop()
+                logits, head_carry = timed("heads", exits.heads.step, l, feature, carry[0], ask)
+                policy_carry = carry[1]
+                if ask and l < last:
+                    _, policy_carry = timed("gates", exits.policy.step, l, logits, carry[1], config.current_lam)
+                carry = head_carry, policy_carry
         for column in seconds.values():
             column += [0.0] * (l + 1 - len(column))
     return seconds

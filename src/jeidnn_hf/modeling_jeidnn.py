@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput, logging
 
-from .backbones import pretrained_cfg, select, staged_backbone
+from .backbones import pretrained_cfg, staged_backbone
 from .calibrated import CalibratedMixin
 from .configuration_jeidnn import JEIDNNConfig
 from .costs import MUL_ADDS, ExitCosts, exit_costs
-from .folded import Folded
+from .early_exit import Exits, PreparedExits, early_exit
+from .fused import FusedExits
 from .gates import ExitPolicy, build_gates
 from .heads import ExitHeads
 from .latency import exit_latency
@@ -99,7 +100,7 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
             boosting=config.boosting,
         )
         self.policy = build_policy(config, num_exits)
-        self._folded: Folded | None = None
+        self._prepared: PreparedExits | None = None
         self._count_costs()
         for module in self.backbone.modules():
             module._is_hf_initialized = True  # timm initialised it; transformers must not
@@ -152,7 +153,7 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
             raise ValueError(f"Expected policy='gates' to choose active exits, but got {self.config.policy!r}.")
         active = None if exits is None else check_active_exits(exits, self.backbone.num_exits)
         self.policy.active = self.config.active_exits = active
-        self._folded = self.operating_point = None
+        self._prepared = self.operating_point = None
         self._forget_latency()
         self._count_costs()
 
@@ -237,7 +238,11 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
         if labels is not None:
             labels = self._check_labels(labels, batch)
         if early:
-            output = self._early_exit(pixel_values, lam)
+            exits = self.exits(len(pixel_values))
+            logits, exit_index, finite = early_exit(self.backbone, exits, set(self.active_exits), pixel_values, lam)
+            if not finite:
+                raise ValueError(_NOT_NUMBERS.format("pixel_values"))
+            output = JEIDNNOutput(logits=logits, exit_index=exit_index, mul_adds=self.exit_mul_adds[exit_index])
         elif exit_features is not None:
             output = self._all_exits(inputs, labels, lam)
         elif output_hidden_states:
@@ -267,54 +272,14 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
             mul_adds=self.exit_mul_adds[exit_index],
         )
 
-    def _early_exit(self, pixel_values: Tensor, lam: float | Tensor) -> JEIDNNOutput:
-        """After each exit the samples that leave are dropped from every state; the rest goes on.
-
-        The device is asked once per active exit: how many leave, and with the first answer, whether the pixels are
-        numbers.
-        """
-        heads, policy = self._for_inference()
-        is_number = torch.isfinite(pixel_values).all()
-        state, head_carry, policy_carry = self.backbone.stem(pixel_values), None, None
-        rows = torch.arange(len(pixel_values), device=pixel_values.device)
-        exit_index = torch.empty_like(rows)
-        logits, active = None, set(self.active_exits)
-        for l in range(self.backbone.num_exits):
-            state = self.backbone.stage(l, state)
-            if l not in active and not heads.remembers:
-                continue
-            feature = self.backbone.exit_feature(l, state)
-            answers, head_carry = heads.step(l, feature, head_carry, answer=l in active)
-            if l not in active:
-                continue
-            leaves, policy_carry = policy.step(l, answers, policy_carry, lam)
-            is_last = l == self.backbone.num_exits - 1
-            leaving = len(rows) if is_last else leaves.sum()
-            if logits is None:
-                logits = answers.new_empty(len(pixel_values), answers.shape[1])
-                leaving, finite = torch.stack([torch.as_tensor(leaving, device=rows.device), is_number]).tolist()
-                if not finite:
-                    raise ValueError(_NOT_NUMBERS.format("pixel_values"))
-            leaving = int(leaving)
-            if not leaving:
-                continue
-            if leaving == len(rows):
-                logits[rows], exit_index[rows] = answers, l
-                break
-            order = leaves.argsort(stable=True)
-            stay, leave = order[: len(rows) - leaving], order[len(rows) - leaving :]
-            logits[rows[leave]], exit_index[rows[leave]] = answers[leave], l
-            state, head_carry, policy_carry, rows = select((state, head_carry, policy_carry, rows), stay)
-            lam = lam[stay] if isinstance(lam, Tensor) else lam
-        return JEIDNNOutput(logits=logits, exit_index=exit_index, mul_adds=self.exit_mul_adds[exit_index])
-
-    def _for_inference(self) -> tuple[Any, ExitPolicy]:
-        """Heads and policy, folded where no gradient is asked for; folded anew when a weight has changed."""
+    def exits(self, batch_size: int) -> Exits | FusedExits:
+        """What computes the exits in early exit: folded or fused where no gradient is asked for; anew when a weight has
+        changed."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return self.heads, self.policy
-        if self._folded is None or not self._folded.is_of(self.heads, self.policy):
-            self._folded = Folded(self.heads, self.policy)
-        return self._folded.pair
+            return Exits(self.backbone.exit_feature, self.heads, self.policy)
+        if self._prepared is None or not self._prepared.are_of(self.heads, self.policy):
+            self._prepared = PreparedExits(self.backbone, self.heads, self.policy)
+        return self._prepared(batch_size)
 
     def _forget_latency(self) -> None:
         if self.config.latency is not None:
