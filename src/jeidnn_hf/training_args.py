@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +94,9 @@ class JEIDNNTrainingArguments(TrainingArguments):
     l2w_center: str = field(default="col", metadata={"help": "l2w_den: where weights average 1, col or mat."})
     l2w_interval: int = field(default=1, metadata={"help": "l2w_den: batches from one meta step to the next."})
     l2w_ratio: float = field(default=0.75, metadata={"help": "l2w_den: p, as exit l is meant for a share ~ p^l."})
+    mixup_alpha: float = field(
+        default=0.2, metadata={"help": "mixup: shares of two images are drawn from Beta(alpha, alpha); 0: plain."}
+    )
     distillation_weight: float = field(default=0.1, metadata={"help": "imta: gamma, the share of the distillation."})
     distillation_temperature: float = field(default=1.0, metadata={"help": "imta: T of student and teacher."})
     gate_steps: int = field(default=400, metadata={"help": "Full-batch steps of the gates fitted on validation."})
@@ -116,6 +120,8 @@ class JEIDNNTrainingArguments(TrainingArguments):
             raise ValueError(f"Expected gates_on='validation', but got 'train': {self.im_training} trains no gates.")
         if self.warmup_epochs is None:
             self.warmup_epochs = max(1, round(self.num_train_epochs / 3))
+        if not 0 <= self.mixup_alpha < math.inf:
+            raise ValueError(f"Expected mixup_alpha to be finite and not negative, but got {self.mixup_alpha}.")
         if not 0 <= self.distillation_weight <= 1:
             raise ValueError(f"Expected distillation_weight in [0, 1], but got {self.distillation_weight}.")
         for name in ("bi_switch", "gate_steps", "num_train_epochs", "distillation_temperature"):
