@@ -6,14 +6,14 @@ from .diffbranch import DiffBranch
 from .imta import IMTA
 from .jeidnn import JEIDNN
 from .l2w_den import L2WDEN
-from .mixup import Mixup
 from .plain import Plain
+from .soft_targets import SoftTargets
 
 __all__ = ["IM_TRAININGS", "IMTraining", "Phase"]
 
 IM_TRAININGS: dict[str, type[IMTraining]] = {
     "plain": Plain,
-    "mixup": Mixup,
+    "soft_targets": SoftTargets,
     "jeidnn": JEIDNN,
     "diffbranch": DiffBranch,
     "l2w_den": L2WDEN,
