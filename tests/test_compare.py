@@ -30,7 +30,7 @@ SMALL = {
     "compare": {
         "seeds": [0, 1],
         "lambdas": [0.1, 1.0],
-        "methods": ["plain", "jeidnn"],
+        "methods": ["plain", "soft_targets", "jeidnn"],
         "heads": {"paper": {"training": {"num_train_epochs": 2, "warmup_epochs": 1}}, "default": {}},
     },
 }
@@ -67,7 +67,8 @@ def compared(tmp_path_factory) -> Path:
 
 def test_every_method_has_a_curve_per_seed_and_a_row_per_table(compared):
     summary = json.loads((compared / "comparison.json").read_text())
-    expected = {f"{k} heads: plain + {p}" for k in ("paper", "default") for p in METHODS["plain"].policies}
+    methods = [(name, policy) for name in ("plain", "soft_targets") for policy in METHODS[name].policies]
+    expected = {f"{kind} heads: {name} + {policy}" for kind in ("paper", "default") for name, policy in methods}
     expected |= {f"{k} heads: jeidnn + own" for k in ("paper", "default")}
     assert summary["accuracy"].keys() == expected and set(summary["seeds"].values()) == {2}
     page = (compared / "comparison.md").read_text()
@@ -115,6 +116,9 @@ def test_methods_of_the_same_heads_differ_in_nothing_but_the_method():
             args = [JEIDNNTrainingArguments("out", report_to="none", **run["training"]) for run in own]
             assert len({getattr(arg, key) for arg in args}) == 1, key
         assert {run["model"]["recipe"] for run in own} == {kind}
+    for name, trained_by in (("plain", "plain"), ("ztw", "plain"), ("soft_targets", "soft_targets")):
+        assert runs[f"default-{name}-seed0"]["training"]["im_training"] == trained_by  # the published as published
+    assert JEIDNNTrainingArguments("out", report_to="none").im_training == DEFAULT[1]
     assert runs["paper-jeidnn-lam0.1-seed0"]["model"]["lam"] == 0.1
     assert runs["default-ztw-seed0"]["model"]["cascade"] and runs["default-boosted-seed0"]["model"]["boosting"] == 0.5
 

@@ -92,6 +92,10 @@ CASES = {
         [Member(lam, seed, 0.01) for lam in (0.2, 1.0) for seed in (0, 1)], {"recipe": "default"},
         {"recipe": "default"},
     ),
+    "plain, one cycle": (
+        [Member(lam, seed, 0.01) for lam in (0.2, 1.0) for seed in (0, 1)], {"recipe": "default"},
+        {"recipe": "default", "im_training": "plain"},
+    ),
     "default, a range": (
         [Member(None, seed, 0.01) for seed in (0, 1)], {"recipe": "default"}, {"recipe": "default"},
     ),

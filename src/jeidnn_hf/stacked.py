@@ -131,7 +131,8 @@ class StackedTraining:
             self.weigh_classes()
         features = self.model.split_features(batch["exit_features"].to(device, non_blocking=True))
         labels = batch["labels"].to(device, non_blocking=True)
-        logits = self.heads(features)
+        self.im_training.step = self.step
+        logits = self.heads(self.im_training.read(features))
 
         def loss(gates: dict[str, Tensor], buffers: dict[str, Tensor], logits: Tensor, lam: Tensor) -> Tensor:
             return functional_call(self.member_loss, (gates, buffers), (logits, labels, phase, lam), tie_weights=False)

@@ -133,10 +133,11 @@ class JEIDNNTrainer(Trainer):
             self._weigh_classes()
         inputs = self._prepare_inputs(inputs)
         inputs.pop("index", None)
+        self.im_training.step = self.state.global_step
         self.im_training.learning_rate = self.optimizer.param_groups[0]["lr"]
         lam = None if phase is Phase.WARMUP else draw_lambda(self.model.config, inputs["labels"])
         with self.compute_loss_context_manager():
-            loss = model(**inputs, objective=partial(self.im_training.loss, phase=phase, lam=lam))
+            loss = model(**inputs, objective=partial(self.im_training.objective, phase=phase, lam=lam))
         loss = loss / self.current_gradient_accumulation_steps
         self.accelerator.backward(loss)
         return loss.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +36,7 @@ TRAINING_RECIPES: dict[str, dict[str, Any]] = {
         "optimizer": "adamw",
         "schedule": "one_cycle",
         "warmup_weighting": "uniform",
-        "im_training": "plain",
+        "im_training": "soft_targets",
         "gates_on": "validation",
         "gate_objective": "expected_cost",
     },
@@ -93,6 +94,10 @@ class JEIDNNTrainingArguments(TrainingArguments):
     l2w_center: str = field(default="col", metadata={"help": "l2w_den: where weights average 1, col or mat."})
     l2w_interval: int = field(default=1, metadata={"help": "l2w_den: batches from one meta step to the next."})
     l2w_ratio: float = field(default=0.75, metadata={"help": "l2w_den: p, as exit l is meant for a share ~ p^l."})
+    soft_mixup: float = field(default=0.2, metadata={"help": "soft_targets: alpha, of two images' shares; 0: one."})
+    soft_smoothing: float = field(default=0.1, metadata={"help": "soft_targets: e, what all classes share of a label."})
+    soft_teaching: float = field(default=0.5, metadata={"help": "soft_targets: g, the share of late exits' answers."})
+    soft_temperature: float = field(default=2.0, metadata={"help": "soft_targets: T of early and late exits' answers."})
     distillation_weight: float = field(default=0.1, metadata={"help": "imta: gamma, the share of the distillation."})
     distillation_temperature: float = field(default=1.0, metadata={"help": "imta: T of student and teacher."})
     gate_steps: int = field(default=400, metadata={"help": "Full-batch steps of the gates fitted on validation."})
@@ -116,9 +121,12 @@ class JEIDNNTrainingArguments(TrainingArguments):
             raise ValueError(f"Expected gates_on='validation', but got 'train': {self.im_training} trains no gates.")
         if self.warmup_epochs is None:
             self.warmup_epochs = max(1, round(self.num_train_epochs / 3))
-        if not 0 <= self.distillation_weight <= 1:
-            raise ValueError(f"Expected distillation_weight in [0, 1], but got {self.distillation_weight}.")
-        for name in ("bi_switch", "gate_steps", "num_train_epochs", "distillation_temperature"):
+        if not 0 <= self.soft_mixup < math.inf:
+            raise ValueError(f"Expected soft_mixup to be finite and not negative, but got {self.soft_mixup}.")
+        for name in ("distillation_weight", "soft_smoothing", "soft_teaching"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"Expected {name} in [0, 1], but got {getattr(self, name)}.")
+        for name in ("bi_switch", "gate_steps", "num_train_epochs", "distillation_temperature", "soft_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Expected {name} to be positive, but got {getattr(self, name)}.")
         if not (self.l2w_epsilon >= 0 and self.l2w_ratio > 0 and self.l2w_interval >= 1):

@@ -7,11 +7,13 @@ from .imta import IMTA
 from .jeidnn import JEIDNN
 from .l2w_den import L2WDEN
 from .plain import Plain
+from .soft_targets import SoftTargets
 
 __all__ = ["IM_TRAININGS", "IMTraining", "Phase"]
 
 IM_TRAININGS: dict[str, type[IMTraining]] = {
     "plain": Plain,
+    "soft_targets": SoftTargets,
     "jeidnn": JEIDNN,
     "diffbranch": DiffBranch,
     "l2w_den": L2WDEN,

@@ -36,11 +36,13 @@ class IMTraining(nn.Module):
 
     ``trains_gates``: whether the loss moves the gates too; else they are fitted afterwards, on held-out answers.
     ``turns``: the phases at which steps take turns after the warm-up; where there are none, every step is one of it.
-    ``learning_rate``: that of the IMs in the coming step; the trainer sets it.
+    ``step``, ``learning_rate``: the number of the coming step, from 0, and the rate of the IMs in it; the trainer sets
+    both.
     """
 
     trains_gates = False
     turns: tuple[Phase, ...] = ()
+    step: int
     learning_rate: float
 
     def __init__(self, args: JEIDNNTrainingArguments, num_exits: int, native_head: bool = True):
@@ -56,6 +58,16 @@ class IMTraining(nn.Module):
                 f"{cls.__name__}, which trains every IM as if it answered alone; or build it with boosting=None."
             )
 
+    def objective(
+        self, model: JEIDNNForImageClassification, features: Sequence[Tensor], labels: Tensor, phase: Phase, lam: Lambda
+    ) -> Tensor:
+        """The loss of one step, from the features as they come; arguments as of `loss`."""
+        return self.loss(model, self.read(features), labels, phase=phase, lam=lam)
+
+    def read(self, features: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What the IMs read in the coming step in the place of the features of a batch: by default, these."""
+        return features
+
     def loss(
         self, model: JEIDNNForImageClassification, features: Sequence[Tensor], labels: Tensor, phase: Phase, lam: Lambda
     ) -> Tensor:
@@ -63,7 +75,7 @@ class IMTraining(nn.Module):
 
         Args:
             model: the one that is trained.
-            features: of every exit, ``(B, d_l)``.
+            features: of every exit, ``(B, d_l)``, as `read` gives them.
             labels: ``(B,)``.
             lam: of the costs, a number or ``(B,)``.
         """
