@@ -105,7 +105,7 @@ def early_exit(
         if not finite:
             return pixel_values, exit_index, False
         if leaving == len(rows) == len(pixel_values):
-            return answers, exit_index.fill_(l), True
+            return answers.clone(memory_format=torch.contiguous_format), exit_index.fill_(l), True
         if not leaving:
             continue
         if logits is None:

@@ -46,8 +46,8 @@ def fuse(backbone: StagedBackbone, heads: Any, policy: Any) -> FusedExits | None
         return None
     try:
         from . import kernels  # noqa: F401
-    except ImportError as error:
-        logger.warning_once(f"numba cannot be imported, so exits take PyTorch's operations, which are slower: {error}")
+    except (ImportError, RuntimeError) as error:  # such as no folder for numba's cache
+        logger.warning_once(f"numba cannot be used, so exits take PyTorch's operations, which are slower: {error}")
         return None
     return FusedExits(backbone, heads, policy)
 

@@ -238,7 +238,7 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
         if labels is not None:
             labels = self._check_labels(labels, batch)
         if early:
-            exits = self.exits(len(pixel_values))
+            exits = self.exits(batch)
             logits, exit_index, finite = early_exit(self.backbone, exits, set(self.active_exits), pixel_values, lam)
             if not finite:
                 raise ValueError(_NOT_NUMBERS.format("pixel_values"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -27,9 +29,17 @@ def gathered(value: Result) -> list[Result]:
 
 
 def leave() -> None:
-    """Ends the group of processes, if there is one; one that is still there when a program ends can abort it."""
+    """Ends the group of processes, if there is one, and with it this program.
+
+    Python is not finalised then: that aborts, now and then, a process in which a thread of PyTorch's waits for the
+    interpreter.
+    """
     if dist.is_available() and dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def in_each(work: Callable[[], Result]) -> list[Result]:

@@ -7,8 +7,8 @@ remedies, in one loss::
     CE_l = mean_i [s CE_e(y_i, o^l_i) + (1 - s) CE_e(y_j, o^l_i)]          its answer o^l against the labels
     loss = sum_{l <= L/2} [(1 - g) CE_l + g T^2 KL(softmax(t / T) || softmax(o^l / T))] + sum_{l > L/2} CE_l
 
-Mixup (Zhang et al., ICLR 2018): j is the row before i in the batch; s ~ Beta(alpha, alpha), one draw a step, for all
-exits. Label smoothing (Szegedy et al., CVPR 2016): CE_e counts 1 - e of the label and e / K of every class.
+Mixup (Zhang et al., ICLR 2018): j is the row beside i; s ~ Beta(alpha, alpha), one draw a step, for all exits. Label
+smoothing (Szegedy et al., CVPR 2016): CE_e counts 1 - e of the label and e / K of every class.
 Self-distillation: the early half of the trained exits also learns from t, the mean log-probabilities of the late half.
 """
 
@@ -37,7 +37,7 @@ class SoftTargets(Plain):
     def loss(self, model, features: Sequence[Tensor], labels: Tensor, phase: Phase, lam: Lambda) -> Tensor:
         logits, share, smoothing = model.heads.members(features), self.share, self.args.soft_smoothing
         log_probs = logits.log_softmax(-1)
-        own, other = (task_cost(logits, y) for y in (labels, labels.roll(1)))
+        own, other = (task_cost(logits, y) for y in (labels, beside(labels)))
         task = (1 - smoothing) * (share * own + (1 - share) * other) - smoothing * log_probs.mean(-1)
         trained, teaching = self.num_exits - self.native_head, self.args.soft_teaching
         early = trained // 2
@@ -53,5 +53,12 @@ class SoftTargets(Plain):
 
 
 def mix(z: Tensor, share: float) -> Tensor:
-    """``share`` of each row and ``1 - share`` of the row before it, of the last for the first."""
-    return z.roll(1, 0).lerp(z, share)
+    """``share`` of each row and ``1 - share`` of the one beside it."""
+    return beside(z).lerp(z, share)
+
+
+def beside(rows: Tensor) -> Tensor:
+    """Rows 2, 1, 4, 3, ... of 1, 2, 3, 4, ...: pairs that stay together when processes share a batch. A last one that
+    is alone is beside itself."""
+    numbers = torch.arange(len(rows), device=rows.device)
+    return rows[(numbers ^ 1).clamp_max(len(rows) - 1)]
