@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -50,13 +51,13 @@ class PreparedExits:
     """Exits for inference, with what their weights alone decide worked out: folded, and fused where that is faster."""
 
     def __init__(self, backbone: StagedBackbone, heads: ExitHeads, policy: ExitPolicy):
-        self._of = heads, policy
+        self._of, self._backbone = (heads, policy), backbone
         self.folded = Exits(backbone.exit_feature, *fold(heads, policy))
-        self.fused = fuse(backbone, *self.folded[1:])
         modules = [module for whole in self._of for module in whole.modules()]
         groups = [group for module in modules for group in (module._parameters, module._buffers)]
-        seen = [(group, name, tensor) for group in groups for name, tensor in group.items() if tensor is not None]
-        self._groups, self._names, self._tensors = zip(*seen, strict=True)
+        seen = [(group, name) for group in groups for name, tensor in group.items() if tensor is not None]
+        self._groups, self._names = [group for group, _ in seen], [name for _, name in seen]
+        self._tensors = [group[name] for group, name in seen]
         self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
         self._places, self._versions = self._written()
 
@@ -74,9 +75,14 @@ class PreparedExits:
         return [tensor.data_ptr() for tensor in self._tensors], [tensor._version for tensor in self._counted]
 
     def __call__(self, batch_size: int) -> Exits | FusedExits:
-        if self.fused is None or batch_size > LARGEST_BATCH or torch.is_autocast_enabled("cpu"):
+        if batch_size > LARGEST_BATCH or torch.is_autocast_enabled("cpu"):
             return self.folded
-        return self.fused
+        return self.fused or self.folded
+
+    @cached_property
+    def fused(self) -> FusedExits | None:
+        """Made when a batch first asks for it: large ones never load numba."""
+        return fuse(self._backbone, self.folded.heads, self.folded.policy)
 
 
 def early_exit(
