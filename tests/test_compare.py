@@ -15,10 +15,12 @@ from safetensors.torch import save_file
 from jeidnn_hf import compare as comparing
 from jeidnn_hf.backbones import build_model
 from jeidnn_hf.cli import main
-from jeidnn_hf.compare import DEFAULT, METHODS, PAPER, POLICY_CURVES, curve_path, train_config
+from jeidnn_hf.compare import DEFAULT, JUDGED_BY, METHODS, PAPER, POLICY_CURVES, curve_path, train_config
 from jeidnn_hf.comparison import Curve
 from jeidnn_hf.comparison_report import name_of, summarise, to_markdown
-from jeidnn_hf.policies import EENetScheduler, LearnedGates
+from jeidnn_hf.oracle import outcome
+from jeidnn_hf.policies import ConfidenceThreshold, EENetScheduler, LearnedGates
+from jeidnn_hf.runs import RunFolder
 from jeidnn_hf.training_args import JEIDNNTrainingArguments
 from stand_ins import write_folder
 
@@ -94,8 +96,23 @@ def test_a_curve_is_what_its_points_are(compared):
     quota = Curve.load(curve_path(compared, "paper", "plain", "quota", 0))
     assert quota.costs.shape == (39,) and (quota.held_out_costs.diff() >= -1e-9).all()
     threshold = Curve.load(curve_path(compared, "default", "plain", "threshold", 0))
-    assert (threshold.held_out_costs.diff() >= 0).all() and threshold.right.shape == (20, 40)
+    assert (threshold.held_out_costs.diff() >= 0).all() and threshold.right.shape == (20, 80)
     assert (threshold.measures["coverage"] > 0.5).all() and (threshold.measures["inefficiency"] >= 1).all()
+
+
+def test_accuracy_and_cost_are_those_on_test_and_calibration_images_together(compared):
+    name = "default-plain-seed0"
+    records = RunFolder(compared).records(name)
+    policy = ConfidenceThreshold.fit(records["validation"], budget=0.8)
+    point = comparing.measure(policy, None, records)
+    alone = [outcome(records[role].under(policy), policy.decide(records[role].logits)) for role in JUDGED_BY]
+    assert point["right"].double().mean() == pytest.approx(sum(one.accuracy for one in alone) / 2)
+    assert point["costs"] == pytest.approx(sum(one.normalised_mul_adds for one in alone) / 2)
+    summary = json.loads((compared / "comparison.json").read_text())
+    assert summary["images"] == 80 and JUDGED_BY == ("test", "calibration")
+    native = RunFolder(compared).records("paper-plain-seed0")
+    right = [(native[role].logits[:, -1].argmax(-1) == native[role].labels).double().mean() for role in JUDGED_BY]
+    assert summary["backbone_accuracy"] == pytest.approx(float(sum(right)) / 2)
 
 
 def test_seeds_are_trainings_of_their_own(compared):

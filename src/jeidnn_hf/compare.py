@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -43,6 +43,8 @@ FOLDER = "curves"
 ALPHA = 0.05
 MAX_DRAWN = 12
 """Operating points of a curve in figures."""
+JUDGED_BY = ("test", "calibration")
+"""The roles whose images say how accurate a point is: calibration images set nothing but conformal quantiles."""
 
 
 @dataclass(frozen=True)
@@ -296,26 +298,34 @@ def _measure_one(task: tuple) -> None:
 
 @torch.inference_mode()
 def measure(policy: ExitPolicy, lam: float | None, records: Mapping[str, ExitRecord]) -> dict[str, Any]:
-    """One operating point: its cost and accuracy on validation and test, and on test its calibration and sets."""
+    """One operating point: its cost and accuracy on validation images, and on those that it is `JUDGED_BY`, there with
+    its calibration error; its prediction sets on test images alone."""
     torch.manual_seed(0)  # of policies that draw
-    validation, calibration, test = (records[role].under(policy) for role in ("validation", "calibration", "test"))
+    records = {role: record.under(policy) for role, record in records.items()}
+    validation, calibration, test = (records[role] for role in ("validation", "calibration", "test"))
     policy.check_exits(test.num_exits)
     held_out = outcome(validation, policy.decide(validation.logits, lam))
-    chosen = policy.decide(test.logits, lam)
+    logits, labels = (
+        torch.cat([getattr(records[role], what) for role in JUDGED_BY]) for what in ("logits", "labels")
+    )
+    judged = replace(test, logits=logits, labels=labels, index=None)
+    chosen = policy.decide(logits, lam)
     rows = torch.arange(len(chosen))
-    logits = test.logits[rows, chosen]
+    logits = logits[rows, chosen]
     probs = (logits / validation.temperatures[chosen, None]).softmax(-1)
     point = OperatingPoint.fit(policy, validation, calibration, lam=lam, alphas=[ALPHA], methods=["grouped"])
-    sets = point.prediction_sets(probs[:, None].expand(-1, test.num_exits, -1), chosen, ALPHA)
+    of_test = rows[: len(test.labels)]
+    every_exit = probs[of_test, None].expand(-1, test.num_exits, -1)
+    sets = point.prediction_sets(every_exit, chosen[of_test], ALPHA)
     return {
         "held_out_costs": held_out.normalised_mul_adds,
         "held_out_accuracies": held_out.accuracy,
-        "costs": outcome(test, chosen).normalised_mul_adds,
-        "right": logits.argmax(-1) == test.labels,
+        "costs": outcome(judged, chosen).normalised_mul_adds,
+        "right": logits.argmax(-1) == labels,
         "measures": {
-            "ece": float(expected_calibration_error(probs, test.labels)),
+            "ece": float(expected_calibration_error(probs, labels)),
             "inefficiency": float(sets.sum(1).double().mean()),
-            "coverage": float(sets[rows, test.labels].double().mean()),
+            "coverage": float(sets[of_test, test.labels].double().mean()),
         },
     }
 

@@ -27,9 +27,9 @@ class Curve:
     Args:
         held_out_costs: mean normalised Mul-Adds on validation images, ``(P,)``.
         held_out_accuracies: likewise the accuracies.
-        costs: mean normalised Mul-Adds on the test images, ``(P,)``.
+        costs: mean normalised Mul-Adds on the images that it is judged by, ``(P,)``.
         right: whether an image is classified right, ``(P, N)`` bool.
-        measures: further numbers of each point on the test images, such as its ECE, name -> ``(P,)``.
+        measures: further numbers of each point on such images, such as its ECE, name -> ``(P,)``.
 
     Raises:
         ValueError: no points, or tensors of other shapes.
@@ -105,7 +105,7 @@ class Curve:
 
 
 Methods = Mapping[str, Sequence[Curve]]
-"""Name of a method -> one curve per seed, all on the same test images."""
+"""Name of a method -> one curve per seed, all on the same images."""
 
 
 def accuracy_table(methods: Methods, budgets: Sequence[float]) -> dict[str, list[float]]:
@@ -151,7 +151,7 @@ def paired_differences(
 ) -> dict[str, Difference]:
     """Every other method against a reference, on the same images resampled with replacement.
 
-    The seeds of a method are averaged image by image: the interval is of the test images, for these trainings.
+    The seeds of a method are averaged image by image: the interval is of the images, for these trainings.
 
     Raises:
         ValueError: an unknown reference; curves on different numbers of images.

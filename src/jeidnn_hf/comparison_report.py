@@ -38,7 +38,7 @@ def summarise(curves: Compared, backbone_accuracy: float, budgets: Sequence[floa
 
     Args:
         curves: as ``compare.compare`` gives them.
-        backbone_accuracy: of the frozen backbone on the test images.
+        backbone_accuracy: of the frozen backbone on the images that methods are judged by.
     """
     methods = {name_of(key): found for key, found in curves.items()}
     floor = SHARE_THAT_COUNTS * backbone_accuracy
@@ -69,6 +69,7 @@ def summarise(curves: Compared, backbone_accuracy: float, budgets: Sequence[floa
     return {
         "budgets": list(budgets),
         "backbone_accuracy": backbone_accuracy,
+        "images": next(iter(curves.values()))[0].right.shape[1],
         "seeds": {name: len(found) for name, found in methods.items()},
         "accuracy": {name: _nones(values) for name, values in accuracy.items()},
         "accuracy_by_seed": {name: [_nones(values) for values in rows] for name, rows in by_seed.items()},
@@ -100,10 +101,10 @@ def to_markdown(summary: Mapping[str, Any], title: str) -> str:
     seeds = sorted(set(summary["seeds"].values()))
     page = [
         f"# {title}", "",
-        f"Test accuracy (%) at a share of the backbone's Mul-Adds, mean of {', '.join(map(str, seeds))} seeds; between "
-        "two operating points by playing one or the other. Backbone: "
-        f"{100 * summary['backbone_accuracy']:.2f} at 1.0. Area: integral over the Mul-Adds of the accuracy above 80 % "
-        "of the backbone's, in points.", "",
+        f"Accuracy (%) on {summary['images']:,} images of test and calibration at a share of the backbone's Mul-Adds, "
+        f"mean of {', '.join(map(str, seeds))} seeds; between two operating points by playing one or the other. "
+        f"Backbone: {100 * summary['backbone_accuracy']:.2f} at 1.0. Area: integral over the Mul-Adds of the accuracy "
+        "above 80 % of the backbone's, in points.", "",
         markdown_table(
             [*heading, "area"],
             [

@@ -115,13 +115,14 @@ class RunFolder:
         counts = np.bincount(read_labels(self.sources[source])[rows])
         return {name: k.tolist() for name, k in class_groups(counts).items()} if counts.max() > 2 * counts.min() else {}
 
-    def native_accuracy(self, model: JEIDNNForImageClassification, role: str = "test") -> float | None:
-        """Accuracy of the frozen backbone's own classifier; None where the last exit does not keep it."""
+    def native_accuracy(self, model: JEIDNNForImageClassification, *roles: str) -> float | None:
+        """Accuracy of the frozen backbone's own classifier on roles together, by default ``test``; None where the last
+        exit does not keep it."""
         if not model.backbone.native_head:
             return None
-        views = self.features(model, role).views
-        logits = views[0].features[:, -model.backbone.exit_dims[-1] :]
-        return float((logits.argmax(1) == views[0].labels).double().mean())
+        views = [self.features(model, role).views[0] for role in roles or ("test",)]
+        right = [view.features[:, -model.backbone.exit_dims[-1] :].argmax(1) == view.labels for view in views]
+        return float(torch.cat(right).double().mean())
 
 
 def kind_of(name: str) -> str:

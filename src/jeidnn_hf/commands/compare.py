@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..compare import CompareConfig, compare, draw_comparison, plain_runs
+    from ..compare import JUDGED_BY, CompareConfig, compare, draw_comparison, plain_runs
     from ..comparison_report import summarise, to_markdown
     from ..files import write_text
     from ..run_config import read_run_config
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
     plain = plain_runs(config) if options.reproduce else []
     curves = compare(config, options.jobs, quiet=options.json)
     run = RunFolder(config["output_dir"])
-    backbone = run.native_accuracy(run.model(run.names[0]))
+    backbone = run.native_accuracy(run.model(run.names[0]), *JUDGED_BY)
     summary = summarise(curves, backbone)
     write_text(run.folder / "comparison.json", json.dumps(summary, indent=1))
     page = to_markdown(summary, f"{config['data']['dataset']} on {config['model']['backbone']}")
