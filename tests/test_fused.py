@@ -55,6 +55,8 @@ CASES = {
     "cumulative": {"gate_form": "cumulative", "exit_rule": "median", "exit_threshold": 0.6},
     "cumulative, conditional": {"gate_form": "cumulative", "exit_threshold": 0.1, "gate": "linear", "lam": 0.3},
     "one lambda": {"lam": 0.3},
+    "two statistics": {"gate_statistics": ["entropy", "margin"]},
+    "one statistic": {"recipe": "paper", "gate_statistics": ["power_entropy"]},
     "two classes": {"num_labels": 2},
     "9 of 100 classes": {"num_labels": 100, "exit_stages": [1, 3, 8]},
 }

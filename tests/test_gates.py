@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
+from jeidnn_hf import JEIDNNConfig, JEIDNNForImageClassification
 from jeidnn_hf.backbones.staged import select
-from jeidnn_hf.exits import EXIT_RULES, GATE_FORMS, uncertainty_statistics
-from jeidnn_hf.gates import ExitPolicy, LinearGates, SharedGates
+from jeidnn_hf.exits import EXIT_RULES, GATE_FORMS, STATISTICS, uncertainty_statistics
+from jeidnn_hf.folded import FoldedGates
+from jeidnn_hf.gates import ExitPolicy, LinearGates, SharedGates, build_gates
 from jeidnn_hf.policies import LearnedGates
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -334,3 +338,53 @@ def test_shared_gates_cost_their_statistics_and_layers(classes, width):
     assert sum(p.numel() for p in gates.layers.parameters()) + 1 == layers
     statistics = LinearGates(6).mul_adds(classes) - 5
     assert gates.mul_adds(classes) == statistics + layers
+
+
+@pytest.mark.parametrize("kind", ["linear", "shared"])
+@given(names=st.sets(st.sampled_from(STATISTICS), min_size=1))
+def test_gates_that_read_some_statistics_are_those_whose_other_weights_are_0(kind, names):
+    read = [name for name in STATISTICS if name in names]
+    torch.manual_seed(0)
+    some = build_gates(kind, 3, 5, LAM_RANGE, read)
+    whole, statistics = build_gates(kind, 3, 5, LAM_RANGE), torch.rand(6, 3, 4)
+    columns = [STATISTICS.index(name) for name in read]
+    with torch.no_grad():
+        own = some.weight if kind == "linear" else some.layers[0].weight
+        weight = whole.weight if kind == "linear" else whole.layers[0].weight
+        weight[:, :4], rest = 0, own[:, len(read) :]
+        weight[:, columns] = own[:, : len(read)]
+        weight[:, 4:] = rest
+        state = {n: p for n, p in some.named_parameters() if p is not own}
+        whole.load_state_dict(state, strict=False)
+    expected = whole(statistics, 0.3)
+    torch.testing.assert_close(some(statistics, 0.3), expected)
+    torch.testing.assert_close(FoldedGates(some)(statistics[:, 1], 0.3, 1), expected[:, 1])
+    per_name = {"max_probability": 5, "entropy": 10, "power_entropy": 25, "margin": 6}
+    width = 1 if kind == "linear" else 32
+    saved = sum(per_name[name] for name in set(STATISTICS) - names) + (4 - len(read)) * width
+    assert whole.mul_adds(5) - some.mul_adds(5) == saved
+
+
+@pytest.mark.parametrize("names", [[], ["margin", "entropy"], ["entropy", "entropy"], ["loss"], "entropy"])
+def test_statistics_that_there_are_not(names):
+    with pytest.raises(ValueError, match="^Expected gate_statistics to name some of"):
+        LinearGates(2, names)
+    with pytest.raises(ValueError, match="gate_statistics"):
+        JEIDNNConfig(gate_statistics=names)
+
+
+def test_a_model_keeps_the_statistics_of_its_gates(tmp_path):
+    net = JEIDNNForImageClassification(
+        JEIDNNConfig(backbone="resnet20_cifar", num_labels=4, image_size=32, gate_statistics=["margin"])
+    )
+    assert JEIDNNConfig().gate_statistics is None and net.policy.gates.statistics == ("margin",)
+    net.save_pretrained(tmp_path)
+    again = JEIDNNForImageClassification.from_pretrained(tmp_path)
+    assert again.policy.gates.statistics == ("margin",)
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(images).logits, net.eval()(images).logits)
+    all_four = LearnedGates(LinearGates(net.backbone.num_exits - 1), net.backbone.num_exits)
+    all_four.lam = 0.3
+    net.set_policy(all_four)
+    assert net.config.gate_statistics is None

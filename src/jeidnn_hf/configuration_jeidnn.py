@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from .backbones.loading import HUB_WEIGHTS, PIP_WEIGHTS_NAME, STORED_WEIGHTS
 from .checks import check_type
 from .exits import EXIT_RULES, GATE_FORMS
-from .gates import GATES
+from .gates import GATES, check_statistics
 from .heads import HEADS
 from .objectives import PROBLEM_COSTS, TASK_COSTS
 
@@ -75,6 +75,7 @@ class JEIDNNConfig(PreTrainedConfig):
         policy: who leaves where, one of `policies.POLICIES`; `gates`, or one fitted to a budget, see `set_policy`.
         policy_options: what such a policy was built with.
         gate: `linear`, one per exit on four statistics, or `shared`, one small network that takes log lambda.
+        gate_statistics: those of `exits.STATISTICS` that the gates read, in their order. Default: all four.
         gate_form: `min` (Eq. 8), `cumulative` or `stick`, see `exits.exit_mass`.
         exit_rule: `conditional`, `median` or `sample`, see `policies.LearnedGates`.
         exit_threshold: in [0, 1); 0.5 in the paper.
@@ -114,6 +115,7 @@ class JEIDNNConfig(PreTrainedConfig):
     policy: str = "gates"
     policy_options: dict | None = None
     gate: str | None = None
+    gate_statistics: list[str] | None = None
     gate_form: str | None = None
     exit_rule: str = "conditional"
     exit_threshold: float = 0.5
@@ -184,6 +186,7 @@ class JEIDNNConfig(PreTrainedConfig):
             raise ValueError("Expected cascade=False for num_labels=1, but got cascade=True; it normalises the logits.")
         _check_one_of("exit_head", self.exit_head, HEADS)
         _check_one_of("gate", self.gate, GATES)
+        check_statistics(self.gate_statistics)
         _check_one_of("gate_form", self.gate_form, GATE_FORMS)
         _check_one_of("exit_rule", self.exit_rule, EXIT_RULES)
         _check_one_of("task_cost", self.task_cost, TASK_COSTS)

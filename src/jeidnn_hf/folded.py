@@ -5,12 +5,14 @@ operations. Same interfaces and same answers, up to rounding, as the `ExitHeads`
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .exits import STATISTICS
 from .gates import ExitPolicy, Lambda, LinearGates, SharedGates
 from .heads import ExitHeads, LinearHead, MLPHead, RecurrentHead
 
@@ -138,11 +140,14 @@ class FoldedGates:
         self._known: dict[tuple[int, float | None], Tensor] = {}
         with torch.no_grad():
             if not self.is_shared:
-                self.weight, self.bias = gates.weight.detach().clone()[:, None], gates.bias.detach().clone()[:, None]
+                self.weight = _of_all_statistics(gates.weight.detach(), gates.statistics)[:, None]
+                self.bias = gates.bias.detach().clone()[:, None]
                 return
             self.lam_range, self.scaled_log = gates.lam_range, gates.scaled_log
             first, _, second, _, last = gates.layers
-            statistics, lam, exits = first.weight.split((4, 1, gates.embedding.embedding_dim), dim=1)
+            widths = len(gates.statistics), 1, gates.embedding.embedding_dim
+            statistics, lam, exits = first.weight.split(widths, dim=1)
+            statistics = _of_all_statistics(statistics, gates.statistics)
             scale = statistics.new_tensor([1.0, gates.entropy_scale, gates.entropy_scale, 1.0])
             self.first, self.of_lam = statistics * scale, lam[:, 0].clone()
             self.of_exit = F.linear(gates.embedding.weight, exits, first.bias)
@@ -165,3 +170,10 @@ class FoldedGates:
             state = F.linear(statistics, self.first, self._known[exits, lam])
         state = F.linear(state.relu_(), *self.second).relu_()
         return F.linear(state, self.last, self.bias[exits]).squeeze(1)
+
+
+def _of_all_statistics(weight: Tensor, read: Sequence[str]) -> Tensor:
+    """Weights ``(..., len(read))`` to ``(..., 4)``, 0 for the statistics that are not read."""
+    spread = weight.new_zeros(*weight.shape[:-1], len(STATISTICS))
+    spread[..., [STATISTICS.index(name) for name in read]] = weight
+    return spread

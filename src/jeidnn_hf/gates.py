@@ -7,6 +7,7 @@ policies themselves are one file each in ``policies/``.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
@@ -100,35 +101,50 @@ class ExitPolicy(nn.Module):
         return 0
 
 
-def statistics_mul_adds(num_labels: int) -> int:
-    """9 K + 1: maximum K, margin K + 1, entropies 2 K and 5 K."""
-    return 9 * num_labels + 1
+def check_statistics(names: Sequence[str] | None) -> tuple[str, ...]:
+    """Names of some of `STATISTICS` in their order, None for all of them; else a ValueError."""
+    if names is None:
+        return STATISTICS
+    if isinstance(names, str) or not names or list(names) != [name for name in STATISTICS if name in names]:
+        raise ValueError(f"Expected gate_statistics to name some of {STATISTICS} in this order, but got {names!r}.")
+    return tuple(names)
+
+
+def statistics_mul_adds(num_labels: int, names: Sequence[str] = STATISTICS) -> int:
+    """9 K + 1 for all: maximum K, margin K + 1, entropies 2 K and 5 K."""
+    K = num_labels
+    each = {"max_probability": K, "entropy": 2 * K, "power_entropy": 5 * K, "margin": K + 1}
+    return sum(each[name] for name in names)
 
 
 class LinearGates(nn.Module):
-    """The paper's gates: exit l has its own linear layer on the four statistics, g^l = sigmoid(w_l . m + b_l)."""
+    """The paper's gates: exit l has its own linear layer on the four statistics, g^l = sigmoid(w_l . m + b_l).
+
+    ``statistics``: those of the four that are read, see `check_statistics`.
+    """
 
     kind = "linear"
 
-    def __init__(self, num_gates: int):
+    def __init__(self, num_gates: int, statistics: Sequence[str] | None = None):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_gates, len(STATISTICS)))
+        self.statistics = check_statistics(statistics)
+        self.weight = nn.Parameter(torch.empty(num_gates, len(self.statistics)))
         self.bias = nn.Parameter(torch.empty(num_gates))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """As ``nn.Linear(4, 1)`` for each gate."""
-        bound = len(STATISTICS) ** -0.5
+        bound = len(self.statistics) ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, statistics: Tensor, lam: Lambda = None, exits: slice | int = slice(None)) -> Tensor:
         """Statistics ``(B, L-1, 4)``, or ``(B, 4)`` for one exit, to gate logits ``(B, L-1)`` or ``(B,)``."""
-        return (statistics * self.weight[exits]).sum(-1) + self.bias[exits]
+        return (_read(statistics, self.statistics) * self.weight[exits]).sum(-1) + self.bias[exits]
 
     def mul_adds(self, num_labels: int) -> int:
         """9 K + 6: the statistics, and 5 for the linear layer."""
-        return statistics_mul_adds(num_labels) + 5
+        return statistics_mul_adds(num_labels, self.statistics) + len(self.statistics) + 1
 
 
 class SharedGates(nn.Module):
@@ -139,17 +155,24 @@ class SharedGates(nn.Module):
         num_gates: L - 1.
         num_labels: K; entropies are divided by log K.
         lam_range: (low, high); log lambda is scaled to [-1, 1] over it. Equal ends: lambda is not read.
+        statistics: those of the four that are read, see `check_statistics`.
     """
 
     kind = "shared"
 
     def __init__(
-        self, num_gates: int, num_labels: int, lam_range: tuple[float, float], width: int = 32, embedding: int = 8
+        self,
+        num_gates: int,
+        num_labels: int,
+        lam_range: tuple[float, float],
+        width: int = 32,
+        embedding: int = 8,
+        statistics: Sequence[str] | None = None,
     ):
         super().__init__()
-        self.lam_range = lam_range
+        self.lam_range, self.statistics = lam_range, check_statistics(statistics)
         self.embedding = nn.Embedding(num_gates, embedding)
-        first, second = nn.Linear(len(STATISTICS) + embedding + 1, width), nn.Linear(width, width)
+        first, second = nn.Linear(len(self.statistics) + embedding + 1, width), nn.Linear(width, width)
         self.layers = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(width, 1, bias=False))
         self.bias = nn.Parameter(torch.empty(num_gates))
         self.entropy_scale = 1 / math.log(max(num_labels, 2))
@@ -161,10 +184,11 @@ class SharedGates(nn.Module):
     def forward(self, statistics: Tensor, lam: Lambda = None, exits: slice | int = slice(None)) -> Tensor:
         """As ``LinearGates.forward``; lambda a number or ``(B,)``."""
         maximum, entropy, power_entropy, margin = statistics.unbind(-1)
-        log_lam = self.scaled_log(lam, statistics).reshape(-1, *[1] * (statistics.dim() - 2)).expand_as(margin)
-        inputs = [maximum, entropy * self.entropy_scale, power_entropy * self.entropy_scale, margin, log_lam]
+        scaled = [maximum, entropy * self.entropy_scale, power_entropy * self.entropy_scale, margin]
+        read = _read(torch.stack(scaled, dim=-1), self.statistics)
+        log_lam = self.scaled_log(lam, statistics).reshape(-1, *[1] * (statistics.dim() - 1)).expand_as(read[..., :1])
         embedding = self.embedding.weight[exits].expand(*margin.shape, -1)
-        inputs = torch.cat([torch.stack(inputs, dim=-1), embedding], dim=-1)
+        inputs = torch.cat([read, log_lam, embedding], dim=-1)
         return self.layers(inputs).squeeze(-1) + self.bias[exits]
 
     def scaled_log(self, lam: Lambda, like: Tensor) -> Tensor:
@@ -180,16 +204,28 @@ class SharedGates(nn.Module):
     def mul_adds(self, num_labels: int) -> int:
         layers = [m for m in self.layers if isinstance(m, nn.Linear)]
         biases = sum(m.out_features for m in layers if m.bias is not None) + 1
-        return statistics_mul_adds(num_labels) + sum(m.weight.numel() for m in layers) + biases
+        return statistics_mul_adds(num_labels, self.statistics) + sum(m.weight.numel() for m in layers) + biases
 
 
 GATES = ("linear", "shared")
 
 
-def build_gates(kind: str, num_gates: int, num_labels: int, lam_range: tuple[float, float]) -> nn.Module:
+def build_gates(
+    kind: str,
+    num_gates: int,
+    num_labels: int,
+    lam_range: tuple[float, float],
+    statistics: Sequence[str] | None = None,
+) -> nn.Module:
     """Fresh gates, one of `GATES`; arguments as of `SharedGates`."""
     if kind == "linear":
-        return LinearGates(num_gates)
+        return LinearGates(num_gates, statistics)
     if kind == "shared":
-        return SharedGates(num_gates, num_labels, lam_range)
+        return SharedGates(num_gates, num_labels, lam_range, statistics=statistics)
     raise ValueError(f"Expected gates to be one of {GATES}, but got {kind!r}.")
+
+
+def _read(statistics: Tensor, names: tuple[str, ...]) -> Tensor:
+    if names == STATISTICS:
+        return statistics
+    return torch.stack([s for name, s in zip(STATISTICS, statistics.unbind(-1), strict=True) if name in names], dim=-1)

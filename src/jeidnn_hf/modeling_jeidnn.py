@@ -15,6 +15,7 @@ from .calibrated import CalibratedMixin
 from .configuration_jeidnn import JEIDNNConfig
 from .costs import MUL_ADDS, ExitCosts, exit_costs
 from .early_exit import Exits, PreparedExits, early_exit
+from .exits import STATISTICS
 from .fused import FusedExits
 from .gates import ExitPolicy, build_gates
 from .heads import ExitHeads
@@ -176,6 +177,8 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
             low, high = policy.lam_range
             config.lam, config.current_lam = [low, high] if low < high else low, policy.lam
             config.gate, config.gate_form = policy.gates.kind, policy.form
+            read = policy.gates.statistics
+            config.gate_statistics = None if read == STATISTICS else list(read)
             config.exit_rule, config.exit_threshold = policy.rule, policy.threshold
         config.policy, config.policy_options = names[0], policy.options or None
         config.active_exits = getattr(policy, "active", None)
@@ -358,7 +361,9 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
 def build_policy(config: JEIDNNConfig, num_exits: int) -> ExitPolicy:
     """The policy that a config names, not fitted yet."""
     if config.policy == "gates":
-        gates = build_gates(config.gate, num_exits - 1, config.num_labels, config.lam_range)
+        gates = build_gates(
+            config.gate, num_exits - 1, config.num_labels, config.lam_range, config.gate_statistics
+        )
         form, rule, threshold = config.gate_form, config.exit_rule, config.exit_threshold
         return LearnedGates(gates, num_exits, form, rule, threshold, active=config.active_exits)
     kind, options = policy_class(config.policy), config.policy_options or {}
