@@ -15,13 +15,17 @@ from safetensors.torch import save_file
 from jeidnn_hf import compare as comparing
 from jeidnn_hf.backbones import build_model
 from jeidnn_hf.cli import main
-from jeidnn_hf.compare import DEFAULT, JUDGED_BY, METHODS, PAPER, POLICY_CURVES, curve_path, train_config
+from jeidnn_hf.compare import JUDGED_BY, curve_path, train_config
+from jeidnn_hf.compare_methods import DEFAULT, METHODS, PAPER, POLICY_CURVES
 from jeidnn_hf.comparison import Curve
 from jeidnn_hf.comparison_report import name_of, summarise, to_markdown
 from jeidnn_hf.oracle import outcome
 from jeidnn_hf.policies import ConfidenceThreshold, EENetScheduler, LearnedGates
+from jeidnn_hf.run_config import read_run_config
 from jeidnn_hf.runs import RunFolder
+from jeidnn_hf.stored import fresh_config
 from jeidnn_hf.training_args import JEIDNNTrainingArguments
+from jeidnn_hf.training_runs import plan_runs
 from stand_ins import write_folder
 
 SMALL = {
@@ -140,10 +144,41 @@ def test_methods_of_the_same_heads_differ_in_nothing_but_the_method():
     assert runs["default-ztw-seed0"]["model"]["cascade"] and runs["default-boosted-seed0"]["model"]["boosting"] == 0.5
 
 
+def test_a_method_of_the_file_differs_from_a_known_one_in_what_it_names():
+    own = {"like": "jeidnn", "model": {"exit_rule": "median"}, "training": {"warmup_epochs": 2}, "policies": ["gates"]}
+    plain = {"policies": ["threshold"]}
+    runs = plan(methods={"jeidnn": None, "jeidnn-late": own, "plain": plain}, seeds=[0])["runs"]
+    known, late = runs["paper-jeidnn-lam0.1-seed0"], runs["paper-jeidnn-late-lam0.1-seed0"]
+    assert late["model"] == {**known["model"], "exit_rule": "median"}
+    assert late["training"] == {**known["training"], "warmup_epochs": 2} and known["training"]["warmup_epochs"] == 1
+    assert runs["default-plain-seed0"]["training"]["im_training"] == "plain"
+    methods = comparing.compared({"compare": {"methods": {"jeidnn-late": own, "plain": plain}}}).methods
+    assert methods["jeidnn-late"].policies == ("gates",) and methods["jeidnn-late"].per_lambda
+    assert methods["plain"].policies == ("threshold",)
+
+
+CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
+EXAMPLES = sorted([*CONFIGS.glob("compare_*"), *CONFIGS.glob("ablations_*")])
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_examples_can_be_planned(path):
+    config = train_config(read_run_config(path, comparing.CompareConfig))
+    names, models, trainings = plan_runs({**config, "training": {**config["training"], "use_cpu": True}}, None, path)
+    assert len(set(map(str, zip(models.values(), map(str, trainings.values()), strict=True)))) == len(names)
+    for model in models.values():
+        fresh_config(**{**model, "weights": None, "num_labels": 10})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ["plane"]}, r"^Expected methods among \['plain', .*\], but got \['plane'\]\.$"),
+        ({"methods": ["plane"]}, r"^Expected methods among \['plain', .*\], or like one of them, but got 'plane'\.$"),
+        ({"methods": {"mine": {}}}, "^Expected methods among .* but got 'mine'"),
+        ({"methods": {"mine": {"like": "plain", "policies": ["luck"]}}}, "^Expected policies of 'mine' among"),
+        ({"methods": {"plain": {"trainings": {}}}}, r"^Expected the keys of methods.plain among \['like', "),
+        ({"methods": {"plain": {"training": {"epochs": 3}}}}, "^Expected the keys of training in methods.plain among"),
+        ({"methods": {"plain-seeded": {"like": "plain"}}}, "^Expected a method's name of words and hyphens"),
         ({"heads": {"big": {}}}, r"^Expected heads among \['paper', 'default'\], but got \['big'\]\.$"),
         ({"seeds": []}, "^Expected one seed at least, but got none"),
         ({"seeds": [1, 1]}, r"^Expected seeds and lambdas without a repetition, but got \[1, 1\]"),

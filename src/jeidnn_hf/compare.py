@@ -8,6 +8,7 @@ measured there already is not done again. Every choice is made on ``validation``
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -16,11 +17,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .checks import check_arguments
+from .compare_methods import HEADS, METHODS, POLICY_CURVES, PUBLISHED, Method
 from .comparison import Curve
 from .configuration_jeidnn import check_lam
 from .evaluation import EvaluationReport, evaluate
@@ -28,9 +30,6 @@ from .gates import ExitPolicy
 from .metrics import expected_calibration_error
 from .operating_point import OperatingPoint
 from .oracle import outcome
-from .policies import ConfidenceThreshold, EENetScheduler, LearnedGates, Patience, QuotaThresholds, RandomExits
-from .policies.learned import LAMBDAS
-from .policies.quota import PUBLISHED_RATIOS
 from .record import ExitRecord
 from .reports import FOLDER as REPORTS
 from .reports import load_curves, save_curve
@@ -47,80 +46,21 @@ JUDGED_BY = ("test", "calibration")
 """The roles whose images say how accurate a point is: calibration images set nothing but conformal quantiles."""
 
 
-@dataclass(frozen=True)
-class Method:
-    """A way to train inference modules, and the policies that are tried on its answers.
+@dataclass
+class MethodSection:
+    """How a method differs from one of `METHODS`.
 
     Args:
-        policies: names of `POLICY_CURVES`.
-        model: fields of the model that its runs have of their own.
-        training: likewise, arguments of the training.
-        per_lambda: trained anew for every lambda; each training then is one operating point.
+        like: the one that it differs from; default, that of its name.
+        policies: names of `POLICY_CURVES` instead of that one's.
+        model: further fields of the model.
+        training: further arguments of the training.
     """
 
-    policies: tuple[str, ...]
-    model: Mapping[str, Any] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
-    per_lambda: bool = False
-
-
-_AFTERWARDS = {"gates_on": "validation", "gate_steps": 1}  # gates come with the policies
-_BY_COST = {
-    "eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True,
-    "metric_for_best_model": "cost", "greater_is_better": False, "early_stopping_patience": 5, "save_total_limit": 1,
-}  # fmt: skip
-_JOINT = {"gates_on": "train", **_BY_COST}
-_PAPERS_GATES = {"gate": "linear", "gate_form": "min", "task_cost": "cross_entropy"}
-
-METHODS: dict[str, Method] = {
-    "plain": Method(
-        ("gates", "threshold", "threshold-entropy", "threshold-margin", "quota", "patience", "eenet", "random"),
-        training={"im_training": "plain", **_AFTERWARDS},
-    ),
-    "soft_targets": Method(("gates", "threshold"), training={"im_training": "soft_targets", **_AFTERWARDS}),
-    "boosted": Method(
-        ("quota", "gates"), {"boosting": 0.5, "ensemble": False}, {"im_training": "boosted", **_AFTERWARDS}
-    ),
-    "l2w_den": Method(("quota", "gates"), training={"im_training": "l2w_den", **_AFTERWARDS}),
-    "imta": Method(("quota", "gates"), training={"im_training": "imta", **_AFTERWARDS}),
-    "ztw": Method(
-        ("threshold", "gates"), {"cascade": True, "ensemble": True}, {"im_training": "plain", **_AFTERWARDS}
-    ),
-    "diffbranch": Method(
-        ("own",), {**_PAPERS_GATES, "gate_form": "stick"}, {"im_training": "diffbranch", **_JOINT}, per_lambda=True
-    ),
-    "jeidnn": Method(("own",), _PAPERS_GATES, {"im_training": "jeidnn", **_JOINT}, per_lambda=True),
-    "jeidnn-any": Method(
-        ("own", "gates"),
-        {"gate": "shared", "gate_form": "cumulative", "exit_rule": "median", "lam": list(LAMBDAS)},
-        {"im_training": "jeidnn", **_JOINT, "gate_objective": "surrogate"},
-    ),
-}  # fmt: skip
-
-HEADS: dict[str, dict[str, dict[str, Any]]] = {
-    "paper": {
-        "model": {"recipe": "paper"},
-        "training": {"recipe": "paper", "num_train_epochs": 8, "warmup_epochs": 3},
-        "afterwards": {"schedule": "one_cycle"},
-    },
-    "default": {
-        "model": {"recipe": "default"},
-        "training": {"recipe": "default"},
-        "joint": {"schedule": "constant"},
-    },
-}
-"""Kinds of heads: fields of the model and training arguments, also of those for ``joint`` trainings (of gates and IMs)
-or for IMs alone, ``afterwards``. Eight epochs of two views are the paper's fifteen of one."""
-
-PUBLISHED = {
-    ("plain", "gates"), ("plain", "threshold"), ("soft_targets", "gates"), ("boosted", "quota"),
-    ("l2w_den", "quota"), ("imta", "quota"), ("ztw", "threshold"), ("diffbranch", "own"), ("jeidnn", "own"),
-    ("jeidnn-any", "own"),
-}  # fmt: skip
-"""Of each way to train, the policy that it was published with, or ours: what figures show."""
-
-DEFAULT = ("default", "soft_targets", "gates")
-PAPER = ("paper", "jeidnn", "own")
+    like: str | None = None
+    policies: list | None = None
+    model: dict = field(default_factory=dict)
+    training: JEIDNNTrainingArguments = field(default_factory=dict)
 
 
 @dataclass
@@ -130,13 +70,13 @@ class CompareSection:
     Args:
         seeds: of the trainings.
         lambdas: of the methods that are trained anew for each.
-        methods: of `METHODS`; default, all.
+        methods: names of `METHODS`; default, all. Or name -> `MethodSection`, how it differs from one of them.
         heads: of `HEADS`, name -> further ``model`` and ``training`` options; default, all as they are.
     """
 
     seeds: list = field(default_factory=lambda: [0, 1, 2])
     lambdas: list = field(default_factory=lambda: [0.1, 0.3, 1.0, 3.0])
-    methods: list | None = None
+    methods: list | dict | None = None
     heads: dict | None = None
 
 
@@ -152,17 +92,19 @@ class CompareConfig:
 
 
 def compared(config: Mapping[str, Any]) -> CompareSection:
-    """The section of a comparison, every method and kind of heads named.
+    """The section of a comparison, with all kinds of heads named, and ``methods`` as name -> `Method`.
 
     Raises:
-        ValueError: unknown methods or heads; no seeds, or one twice; a lambda that is none.
+        ValueError: unknown methods, policies or heads; a name that cannot be a run's; no seeds, or one twice; a lambda
+            that is none.
     """
     section = CompareSection(**config.get("compare", {}))
     section.heads = section.heads or {name: {} for name in HEADS}
-    section.methods = section.methods or list(METHODS)
-    for what, given, known in (("heads", section.heads, HEADS), ("methods", section.methods, METHODS)):
-        if unknown := sorted(set(given) - known.keys()):
-            raise ValueError(f"Expected {what} among {list(known)}, but got {unknown}.")
+    given = section.methods or list(METHODS)
+    given = given if isinstance(given, Mapping) else {name: {} for name in given}
+    section.methods = {name: _method_of(name, own or {}) for name, own in given.items()}
+    if unknown := sorted(section.heads.keys() - HEADS.keys()):
+        raise ValueError(f"Expected heads among {list(HEADS)}, but got {unknown}.")
     if not section.seeds:
         raise ValueError("Expected one seed at least, but got none.")
     for values in (section.seeds, section.lambdas):
@@ -173,9 +115,23 @@ def compared(config: Mapping[str, Any]) -> CompareSection:
     return section
 
 
+def _method_of(name: str, own: Mapping[str, Any]) -> Method:
+    check_arguments(f"methods.{name}", own, MethodSection)
+    if not re.fullmatch(r"\w+(-(?!lam|seed)\w+)*", name):
+        raise ValueError(f"Expected a method's name of words and hyphens, none of them lam or seed, but got {name!r}.")
+    own = MethodSection(**own)
+    known = METHODS.get(own.like or name)
+    if known is None:
+        raise ValueError(f"Expected methods among {list(METHODS)}, or like one of them, but got {own.like or name!r}.")
+    if unknown := sorted(set(own.policies or ()) - POLICY_CURVES.keys()):
+        raise ValueError(f"Expected policies of {name!r} among {list(POLICY_CURVES)}, but got {unknown}.")
+    model, training = {**known.model, **own.model}, {**known.training, **own.training}
+    return replace(known, policies=tuple(own.policies or known.policies), model=model, training=training)
+
+
 def runs_of(section: CompareSection, kind: str, method: str, seed: int) -> dict[str, float | None]:
     """The names of the runs of one method, heads and seed, and the lambda of each where there is one per lambda."""
-    if not METHODS[method].per_lambda:
+    if not section.methods[method].per_lambda:
         return {f"{kind}-{method}-seed{seed}": None}
     return {f"{kind}-{method}-lam{lam:g}-seed{seed}": lam for lam in section.lambdas}
 
@@ -183,12 +139,12 @@ def runs_of(section: CompareSection, kind: str, method: str, seed: int) -> dict[
 def train_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The ``run_config.TrainConfig`` of a comparison; a ValueError as of `compared`."""
     section, runs = compared(config), {}
-    for (kind, own), name in product(section.heads.items(), section.methods):
-        method, own = METHODS[name], own or {}
+    for (kind, own), (name, method) in product(section.heads.items(), section.methods.items()):
+        own = own or {}
         when = "joint" if method.training["gates_on"] == "train" else "afterwards"
-        model = {**HEADS[kind]["model"], **method.model, **own.get("model", {})}
-        training = {**HEADS[kind]["training"], **HEADS[kind].get(when, {}), **method.training}
-        training |= own.get("training", {})
+        model = {**HEADS[kind]["model"], **own.get("model", {}), **method.model}
+        training = {**HEADS[kind]["training"], **HEADS[kind].get(when, {}), **own.get("training", {})}
+        training |= method.training
         for seed in section.seeds:
             for run, lam in runs_of(section, kind, name, seed).items():
                 lams = {} if lam is None else {"lam": lam}
@@ -227,7 +183,7 @@ def compare(config: Mapping[str, Any], jobs: int = 1, quiet: bool = False) -> di
     return {
         (kind, method, policy): [Curve.load(curve_path(folder, kind, method, policy, seed)) for seed in section.seeds]
         for kind, method in groups
-        for policy in METHODS[method].policies
+        for policy in section.methods[method].policies
     }
 
 
@@ -274,7 +230,8 @@ def _train_one(task: tuple[dict[str, Any], str]) -> None:
 def _measure_one(task: tuple) -> None:
     """Curves of all policies of one method, heads and seed, those that are not there yet."""
     folder, section, kind, method, seed = task
-    missing = [p for p in METHODS[method].policies if not curve_path(folder, kind, method, p, seed).exists()]
+    policies = section.methods[method].policies
+    missing = [p for p in policies if not curve_path(folder, kind, method, p, seed).exists()]
     if not missing:
         return
     run = RunFolder(Path(folder))
@@ -287,7 +244,8 @@ def _measure_one(task: tuple) -> None:
             for own, lam in POLICY_CURVES[policy](model, records[name]["validation"])
         ]
         curve = curve_of([measure(*point) for point in points])
-        if seed == min(section.seeds) and (method, policy) in PUBLISHED:
+        is_drawn = (method, policy) in PUBLISHED or method not in METHODS and policy == policies[0]
+        if seed == min(section.seeds) and is_drawn:
             drawn = curve.frontier()
             drawn = drawn[torch.linspace(0, len(drawn) - 1, min(len(drawn), MAX_DRAWN)).round().long()]
             reports = [report(*points[i]) for i in drawn.tolist()]
@@ -349,43 +307,3 @@ def curve_of(points: Sequence[Mapping[str, Any]]) -> Curve:
         right=torch.stack([point["right"] for point in points]),
         measures={name: column(p["measures"][name] for p in points) for name in points[0]["measures"]},
     )
-
-
-Points = list[tuple[ExitPolicy, float | None]]
-
-
-def _budgets(record: ExitRecord, count: int) -> list[float]:
-    costs = record.costs.normalised
-    return np.linspace(costs[0] + 0.02, min(1.0, costs[-1]), count).tolist()
-
-
-def _own(model, record: ExitRecord) -> Points:
-    config = model.config
-    lams = np.geomspace(*config.lam, 24).tolist() if config.has_lam_range else [config.lam]
-    return [(model.policy, lam) for lam in lams]
-
-
-def _gates(model, record: ExitRecord) -> Points:
-    policy = LearnedGates.fit(record, lam=LAMBDAS)
-    return [(policy, lam) for lam in np.geomspace(*LAMBDAS, 24).tolist()]
-
-
-def _threshold(measure: str):
-    def fit(model, record: ExitRecord) -> Points:
-        return [(ConfidenceThreshold.fit(record, budget=b, measure=measure), None) for b in _budgets(record, 20)]
-
-    return fit
-
-
-POLICY_CURVES = {
-    "own": _own,
-    "gates": _gates,
-    "threshold": _threshold("max_probability"),
-    "threshold-entropy": _threshold("entropy"),
-    "threshold-margin": _threshold("margin"),
-    "quota": lambda model, record: [(QuotaThresholds.of_ratio(record, ratio), None) for ratio in PUBLISHED_RATIOS],
-    "patience": lambda model, record: [(Patience(record.num_exits, p), None) for p in range(record.num_exits)],
-    "eenet": lambda model, record: [(EENetScheduler.fit(record, budget=b), None) for b in _budgets(record, 8)],
-    "random": lambda model, record: [(RandomExits.fit(record, budget=b), None) for b in _budgets(record, 12)],
-}
-"""Name -> the operating points of a policy, fitted on validation answers, as (policy, lambda)."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .compare import DEFAULT, PAPER
+from .compare_methods import DEFAULT, PAPER
 from .comparison import (
     Curve,
     Difference,
