@@ -27,7 +27,7 @@ from transformers import set_seed
 from jeidnn_hf import ExitRecord, JEIDNNConfig, JEIDNNForImageClassification, JEIDNNTrainer, JEIDNNTrainingArguments
 from jeidnn_hf.data import ImageView, Preprocessing
 from jeidnn_hf.feature_cache import CachedFeatures, FeatureCache, cached_role
-from jeidnn_hf.processes import leave
+from jeidnn_hf.processes import exit_together
 from jeidnn_hf.splits import Splits
 
 torch.set_num_threads(1)
@@ -93,7 +93,7 @@ for view in (None, 0):
     note(f"evaluation.features.{view}", cached.views[0].features)
 note("rows.features", rows_seen())
 save_file(found, folder / f"{processes}-{state.process_index}.safetensors")
-leave()
+exit_together()
 '''
 
 

@@ -58,7 +58,7 @@ if mode == "killed":
     extract(backbone, folder / "killed")
 elif mode == "together":
     from accelerate import PartialState
-    from jeidnn_hf.processes import leave
+    from jeidnn_hf.processes import exit_together
 
     rank = PartialState(cpu=True).process_index
     counting = Counting(backbone := make_backbone())
@@ -73,7 +73,7 @@ elif mode == "together":
     found["different"] = error_of(make_backbone(seed=rank), folder / "different")
     found["unlike folders"] = error_of(make_backbone(), folder / f"folder{rank}")
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
-    leave()
+    exit_together()
 else:  # one of two that know nothing of each other
     counting = Counting(backbone := make_backbone(), 3, lambda: time.sleep(1))
     (folder / f"{mode}.ready").touch()

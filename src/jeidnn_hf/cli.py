@@ -64,9 +64,9 @@ def exit_status(name: str, run: Callable[[], None], debug: bool = False) -> int:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     if "torch.distributed" in sys.modules:
-        from .processes import leave
+        from .processes import exit_together
 
-        leave()
+        exit_together()
     return 0
 
 

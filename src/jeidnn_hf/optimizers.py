@@ -15,8 +15,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Adam or AdamW, fused, with a group of parameters of the inference modules and one of the gates."""
     groups = [
-        {"params": list(heads), "lr": first_given(args.head_learning_rate, args.learning_rate)},
-        {"params": list(gates), "lr": first_given(args.gate_learning_rate, args.learning_rate)},
+        {"params": list(heads), "lr": _first_given(args.head_learning_rate, args.learning_rate)},
+        {"params": list(gates), "lr": _first_given(args.gate_learning_rate, args.learning_rate)},
     ]
     optimizer = torch.optim.Adam if args.optimizer == "adam" else torch.optim.AdamW
     return optimizer(
@@ -35,6 +35,6 @@ def build_schedule(
     return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
 
 
-def first_given(*values):
+def _first_given(*values):
     """The first that is not None."""
     return next(value for value in values if value is not None)

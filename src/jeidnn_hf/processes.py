@@ -28,7 +28,7 @@ def gathered(value: Result) -> list[Result]:
     return values
 
 
-def leave() -> None:
+def exit_together() -> None:
     """Ends the group of processes, if there is one, and with it this program.
 
     Python is not finalised then: that aborts, now and then, a process in which a thread of PyTorch's waits for the

@@ -21,7 +21,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from .feature_cache import CachedFeatures
 from .im_training import IM_TRAININGS, Phase
 from .modeling_jeidnn import JEIDNNForImageClassification
-from .optimizers import build_optimizer, build_schedule, first_given
+from .optimizers import build_optimizer, build_schedule
 from .record import collect_logits
 from .stacked_heads import stack_heads
 from .trainer import phase_at, set_feature_statistics
@@ -115,7 +115,7 @@ class StackedTraining:
     def batches(self, epoch: int) -> Sequence[Tensor]:
         """The rows of each batch of an epoch, as the Trainer's data loader gives them."""
         sampler = SeedableRandomSampler(
-            self.train_data, generator=torch.Generator(), data_seed=first_given(self.args.data_seed, self.args.seed)
+            self.train_data, generator=torch.Generator(), data_seed=self.args.order_seed
         )
         sampler.set_epoch(epoch)
         return torch.tensor(list(sampler)).split(self.args.per_device_train_batch_size)

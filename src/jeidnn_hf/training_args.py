@@ -143,3 +143,8 @@ class JEIDNNTrainingArguments(TrainingArguments):
         installed = get_available_reporting_integrations()
         if absent := [name for name in self.report_to if name not in installed]:
             raise ValueError(f"Expected report_to among {installed}, which are installed, but got {absent}.")
+
+    @property
+    def order_seed(self) -> int:
+        """That of the order of the data, and of what is drawn batch by batch: ``data_seed``, or ``seed``."""
+        return self.seed if self.data_seed is None else self.data_seed

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +9,7 @@ from scipy.special import log_softmax, softmax
 
 from jeidnn_hf.im_training import Phase
 from jeidnn_hf.im_training.soft_targets import SoftTargets, mix
+from jeidnn_hf.training_args import JEIDNNTrainingArguments
 from resumed_training import whole_and_resumed
 from toy_training import batch_of, differing, toy_model, toy_trainer, trained
 
@@ -18,7 +17,8 @@ HARD = {"soft_mixup": 0.0, "soft_smoothing": 0.0, "soft_teaching": 0.0}
 
 
 def training_at(step: int, alpha: float = 0.2, seed: int = 0, data_seed: int | None = None) -> SoftTargets:
-    training = SoftTargets(SimpleNamespace(soft_mixup=alpha, seed=seed, data_seed=data_seed), num_exits=4)
+    args = JEIDNNTrainingArguments("out", soft_mixup=alpha, seed=seed, data_seed=data_seed, report_to="none")
+    training = SoftTargets(args, num_exits=4)
     training.step = step
     return training
 

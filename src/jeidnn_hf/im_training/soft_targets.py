@@ -48,8 +48,8 @@ class SoftTargets(Plain):
     @property
     def share(self) -> float:
         """s of the coming step: of the step and the seed of the data alone, so a resumed run draws the same."""
-        alpha, seed = self.args.soft_mixup, self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return np.random.default_rng([seed, self.step]).beta(alpha, alpha) if alpha else 1.0
+        alpha = self.args.soft_mixup
+        return np.random.default_rng([self.args.order_seed, self.step]).beta(alpha, alpha) if alpha else 1.0
 
 
 def mix(z: Tensor, share: float) -> Tensor:
