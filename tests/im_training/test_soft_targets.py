@@ -128,3 +128,16 @@ def test_a_resumed_run_is_an_uninterrupted_one(stop_at, tmp_path):
 def test_what_is_out_of_range(name, value, message, tmp_path):
     with pytest.raises(ValueError, match=f"^Expected {name} {message}, but got"):
         toy_trainer(toy_model(), tmp_path, im_training="soft_targets", **{name: value})
+
+
+@pytest.mark.parametrize("method", ["plain", "soft_targets", "jeidnn"])
+def test_training_in_bfloat16_comes_near_that_in_float32(method, tmp_path):
+    joint = {"gates_on": "validation"} if method != "jeidnn" else {"warmup_epochs": 1, "bi_switch": 2}
+    whole, half = (
+        trained(tmp_path, {"exit_head": "recurrent"}, im_training=method, bf16=bf16, **joint)
+        for bf16 in (False, True)
+    )
+    assert differing(whole, half) and all(tensor.dtype is torch.float32 for tensor in half.values())
+    for name, tensor in whole.items():
+        if name.startswith("heads."):
+            assert (half[name] - tensor).norm() < 0.02 * tensor.norm() + 1e-6, name
