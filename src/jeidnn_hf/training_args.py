@@ -95,7 +95,6 @@ class JEIDNNTrainingArguments(TrainingArguments):
     l2w_interval: int = field(default=1, metadata={"help": "l2w_den: batches from one meta step to the next."})
     l2w_ratio: float = field(default=0.75, metadata={"help": "l2w_den: p, as exit l is meant for a share ~ p^l."})
     soft_mixup: float = field(default=0.2, metadata={"help": "soft_targets: alpha, of two images' shares; 0: one."})
-    soft_smoothing: float = field(default=0.1, metadata={"help": "soft_targets: e, what all classes share of a label."})
     soft_teaching: float = field(default=0.5, metadata={"help": "soft_targets: g, the share of late exits' answers."})
     soft_temperature: float = field(default=2.0, metadata={"help": "soft_targets: T of early and late exits' answers."})
     distillation_weight: float = field(default=0.1, metadata={"help": "imta: gamma, the share of the distillation."})
@@ -123,7 +122,7 @@ class JEIDNNTrainingArguments(TrainingArguments):
             self.warmup_epochs = max(1, round(self.num_train_epochs / 3))
         if not 0 <= self.soft_mixup < math.inf:
             raise ValueError(f"Expected soft_mixup to be finite and not negative, but got {self.soft_mixup}.")
-        for name in ("distillation_weight", "soft_smoothing", "soft_teaching"):
+        for name in ("distillation_weight", "soft_teaching"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Expected {name} in [0, 1], but got {getattr(self, name)}.")
         for name in ("bi_switch", "gate_steps", "num_train_epochs", "distillation_temperature", "soft_temperature"):

@@ -13,7 +13,7 @@ from jeidnn_hf.training_args import JEIDNNTrainingArguments
 from resumed_training import whole_and_resumed
 from toy_training import batch_of, differing, toy_model, toy_trainer, trained
 
-HARD = {"soft_mixup": 0.0, "soft_smoothing": 0.0, "soft_teaching": 0.0}
+HARD = {"soft_mixup": 0.0, "soft_teaching": 0.0}
 
 
 def training_at(step: int, alpha: float = 0.2, seed: int = 0, data_seed: int | None = None) -> SoftTargets:
@@ -26,11 +26,11 @@ def training_at(step: int, alpha: float = 0.2, seed: int = 0, data_seed: int | N
 @pytest.mark.parametrize("native_head", [True, False])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"soft_smoothing": 0.3}, {"soft_teaching": 0.5, "soft_temperature": 2.0}, {"soft_mixup": 0.4},
-     {"soft_mixup": 1.0, "soft_smoothing": 0.1, "soft_teaching": 0.7, "soft_temperature": 3.0}],
+    [{}, {"soft_teaching": 0.5, "soft_temperature": 2.0}, {"soft_mixup": 0.4},
+     {"soft_mixup": 1.0, "soft_teaching": 0.7, "soft_temperature": 3.0}],
 )  # fmt: skip
 def test_the_loss_by_hand(options, native_head, tmp_path):
-    """Each row is mixed with the one beside it, at all exits alike, and so are its smoothed labels."""
+    """Each row is mixed with the one beside it, at all exits alike, and so are its labels."""
     model = toy_model(native_head=native_head)
     features, labels = batch_of(model)
     options = {**HARD, "soft_temperature": 1.0, **options}
@@ -38,9 +38,9 @@ def test_the_loss_by_hand(options, native_head, tmp_path):
         model, tmp_path, im_training="soft_targets", warmup_weighting="uniform", **options
     ).im_training
     training.step = 3
-    s, e, g, t = training.share, *(options[f"soft_{name}"] for name in ("smoothing", "teaching", "temperature"))
+    s, g, t = training.share, *(options[f"soft_{name}"] for name in ("teaching", "temperature"))
     assert 0 < s < 1 if options["soft_mixup"] else s == 1
-    classes = (1 - e) * np.eye(4)[labels.numpy()] + e / 4
+    classes = np.eye(4)[labels.numpy()]
     others = [min(i ^ 1, len(labels) - 1) for i in range(len(labels))]
     target = s * classes + (1 - s) * classes[others]
     logits = []
@@ -104,7 +104,7 @@ def test_without_any_softness_it_is_plain(tmp_path):
 @pytest.mark.parametrize("name", ["plain", "boosted", "imta", "l2w_den"])
 def test_no_other_way_to_train_is_softened(name, tmp_path):
     model_options = {"boosting": 0.5} if name == "boosted" else {}
-    other = {"soft_mixup": 5.0, "soft_smoothing": 0.9, "soft_teaching": 1.0}
+    other = {"soft_mixup": 5.0, "soft_teaching": 1.0}
     ends = [trained(tmp_path, model_options, im_training=name, **options) for options in (HARD, other)]
     assert differing(*ends) == []
 
@@ -120,7 +120,6 @@ def test_a_resumed_run_is_an_uninterrupted_one(stop_at, tmp_path):
     [
         ("soft_mixup", -0.1, "to be finite and not negative"),
         ("soft_mixup", float("inf"), "to be finite and not negative"),
-        ("soft_smoothing", 1.5, r"in \[0, 1\]"),
         ("soft_teaching", float("nan"), r"in \[0, 1\]"),
         ("soft_temperature", 0.0, "to be positive"),
     ],

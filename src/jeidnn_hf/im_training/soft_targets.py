@@ -1,15 +1,15 @@
-"""Training on soft targets, the default recipe's: mixed, smoothed, and for the early exits taught by the later ones.
+"""Training on soft targets, the default recipe's: mixed, and for the early exits taught by the later ones.
 
-A frozen backbone knows its training images by heart, and IMs trained plainly overfit what it makes of them. Three known
+A frozen backbone knows its training images by heart, and IMs trained plainly overfit what it makes of them. Two known
 remedies, in one loss::
 
-    z~^l_i = s z^l_i + (1 - s) z^l_j                                       what IM l reads
-    CE_l = mean_i [s CE_e(y_i, o^l_i) + (1 - s) CE_e(y_j, o^l_i)]          its answer o^l against the labels
+    z~^l_i = s z^l_i + (1 - s) z^l_j                                   what IM l reads
+    CE_l = mean_i [s CE(y_i, o^l_i) + (1 - s) CE(y_j, o^l_i)]          its answer o^l against the labels
     loss = sum_{l <= L/2} [(1 - g) CE_l + g T^2 KL(softmax(t / T) || softmax(o^l / T))] + sum_{l > L/2} CE_l
 
-Mixup (Zhang et al., ICLR 2018): j is the row beside i; s ~ Beta(alpha, alpha), one draw a step, for all exits. Label
-smoothing (Szegedy et al., CVPR 2016): CE_e counts 1 - e of the label and e / K of every class.
+Mixup (Zhang et al., ICLR 2018): j is the row beside i; s ~ Beta(alpha, alpha), one draw a step, for all exits.
 Self-distillation: the early half of the trained exits also learns from t, the mean log-probabilities of the late half.
+Label smoothing is no third: it makes right and wrong answers alike in confidence, which is what gates go by.
 """
 
 from __future__ import annotations
@@ -28,20 +28,18 @@ from .plain import Plain
 
 
 class SoftTargets(Plain):
-    """``soft_mixup`` is alpha, ``soft_smoothing`` e, ``soft_teaching`` g, ``soft_temperature`` T. With the first three
-    at 0 this is `Plain`."""
+    """``soft_mixup`` is alpha, ``soft_teaching`` g, ``soft_temperature`` T. With the first two at 0 this is `Plain`."""
 
     def read(self, features: Sequence[Tensor]) -> list[Tensor]:
         return [mix(z, self.share) for z in features]
 
     def loss(self, model, features: Sequence[Tensor], labels: Tensor, phase: Phase, lam: Lambda) -> Tensor:
-        logits, share, smoothing = model.heads.members(features), self.share, self.args.soft_smoothing
-        log_probs = logits.log_softmax(-1)
+        logits, share = model.heads.members(features), self.share
         own, other = (task_cost(logits, y) for y in (labels, beside(labels)))
-        task = (1 - smoothing) * (share * own + (1 - share) * other) - smoothing * log_probs.mean(-1)
+        task = share * own + (1 - share) * other
         trained, teaching = self.num_exits - self.native_head, self.args.soft_teaching
         early = trained // 2
-        teacher = log_probs[:, early:trained].mean(1, keepdim=True)
+        teacher = logits[:, early:trained].log_softmax(-1).mean(1, keepdim=True)
         taught = distillation(logits[:, :early], teacher, self.args.soft_temperature)
         return self.weighted(torch.cat([(1 - teaching) * task[:, :early] + teaching * taught, task[:, early:]], dim=1))
 
