@@ -42,6 +42,14 @@ def test_held_out_images_choose_the_points():
     assert accuracy_table({"one": [found]}, [0.4])["one"] == pytest.approx([0.45])
 
 
+def test_a_budget_is_spent_unless_that_does_more_harm_than_chance():
+    """Of 800 images at .9, a difference has a standard error of sqrt(2 * .9 * .1 / 800) = .015."""
+    found = curve([0.2, 0.4, 0.6, 1.0], [0.5] * 4, held_out=[0.5, 0.9, 0.884, 0.886])
+    assert found.frontier().tolist() == [0, 1]
+    found.held_out_images = 800
+    assert found.frontier().tolist() == [0, 1, 3]
+
+
 @given(st.lists(st.tuples(st.floats(0.01, 1), st.floats(0, 1)), min_size=1, max_size=8), st.floats(0, 1.2))
 def test_points_mix_to_the_budget(points, budget):
     costs, accuracies = zip(*points, strict=True)
@@ -95,11 +103,14 @@ def test_seeds_are_averaged_image_by_image():
     assert accuracy_table({"both": [one, two]}, [0.5])["both"] == pytest.approx([0.7])
 
 
-def test_saved_and_loaded(tmp_path):
+@pytest.mark.parametrize("images", [math.inf, 2500])
+def test_saved_and_loaded(images, tmp_path):
     found = curve([0.2, 0.6], [0.5, 0.7])
+    found.held_out_images = images
     found.save(tmp_path / "curves" / "one.safetensors")
     loaded = Curve.load(tmp_path / "curves" / "one.safetensors")
     assert torch.equal(loaded.right, found.right) and torch.equal(loaded.measures["ece"], found.measures["ece"])
+    assert loaded.held_out_images == images
     (tmp_path / "curves" / "one.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"^Expected a curve at .*; remove the file\.$"):
         Curve.load(tmp_path / "curves" / "one.safetensors")

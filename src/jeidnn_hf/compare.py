@@ -278,6 +278,7 @@ def measure(policy: ExitPolicy, lam: float | None, records: Mapping[str, ExitRec
     return {
         "held_out_costs": held_out.normalised_mul_adds,
         "held_out_accuracies": held_out.accuracy,
+        "held_out_images": len(validation.labels),
         "costs": outcome(judged, chosen).normalised_mul_adds,
         "right": logits.argmax(-1) == labels,
         "measures": {
@@ -298,6 +299,7 @@ def report(policy: ExitPolicy, lam: float | None, records: Mapping[str, ExitReco
 
 def curve_of(points: Sequence[Mapping[str, Any]]) -> Curve:
     """Points, as `measure` gives them, as one curve."""
+    (images,) = {point["held_out_images"] for point in points}
 
     def column(values: Iterable[float]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.float64)
@@ -306,4 +308,5 @@ def curve_of(points: Sequence[Mapping[str, Any]]) -> Curve:
         **{name: column(p[name] for p in points) for name in ("held_out_costs", "held_out_accuracies", "costs")},
         right=torch.stack([point["right"] for point in points]),
         measures={name: column(p["measures"][name] for p in points) for name in points[0]["measures"]},
+        held_out_images=images,
     )

@@ -2,11 +2,13 @@
 
 At a budget between two operating points a method plays one of them or the other, with the chance at which their costs
 mix to the budget: every image then is right with some probability, also between points, and two methods can be paired
-image by image. Which points count is decided on held-out images, not on those that the curve is measured on.
+image by image. Which points count is decided on held-out images, not on those that the curve is measured on, and not
+by differences that are within chance there: a budget is to be spent unless spending it does harm.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ class Curve:
         costs: mean normalised Mul-Adds on the images that it is judged by, ``(P,)``.
         right: whether an image is classified right, ``(P, N)`` bool.
         measures: further numbers of each point on such images, such as its ECE, name -> ``(P,)``.
+        held_out_images: how many; infinitely many leave nothing to chance.
 
     Raises:
         ValueError: no points, or tensors of other shapes.
@@ -40,6 +43,7 @@ class Curve:
     costs: Tensor
     right: Tensor
     measures: dict[str, Tensor] = field(default_factory=dict)
+    held_out_images: float = math.inf
 
     def __post_init__(self) -> None:
         points = self.right.shape[:1]
@@ -49,11 +53,13 @@ class Curve:
             raise ValueError(f"Expected (P,) numbers and (P, N) answers of at least one point, but got {shapes}.")
 
     def frontier(self) -> Tensor:
-        """The points, in order of cost, that are more accurate on the held-out images than every cheaper one."""
+        """The points, in order of cost, but for those that a cheaper one beats on the held-out images by more than the
+        standard error of a difference, sqrt(2 a (1 - a) / images) with a the cheaper one's accuracy."""
         order = torch.argsort(self.held_out_costs, stable=True)
         accuracies = self.held_out_accuracies[order]
-        before = torch.cat([accuracies.new_tensor([-1.0]), accuracies.cummax(0).values[:-1]])
-        kept = order[accuracies > before]
+        before = torch.cat([accuracies.new_zeros(1), accuracies.cummax(0).values[:-1]])
+        chance = (2 * before * (1 - before) / self.held_out_images).sqrt()
+        kept = order[accuracies >= before - chance]
         return kept[torch.argsort(self.costs[kept], stable=True)]
 
     def weights(self, budgets: Sequence[float]) -> Tensor:
@@ -88,6 +94,7 @@ class Curve:
         path = Path(path)
         tensors = {name: getattr(self, name) for name in ("held_out_costs", "held_out_accuracies", "costs", "right")}
         tensors |= {f"measures.{name}": tensor for name, tensor in self.measures.items()}
+        tensors["held_out_images"] = torch.tensor(self.held_out_images, dtype=torch.float64)
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path.parent) as temporary:
             save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, temporary / path.name)
@@ -99,7 +106,8 @@ class Curve:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             measures = {name: tensors.pop(name) for name in list(tensors) if name.startswith("measures.")}
-            return cls(**tensors, measures={name.partition(".")[2]: value for name, value in measures.items()})
+            measures = {name.partition(".")[2]: value for name, value in measures.items()}
+            return cls(**tensors | {"held_out_images": float(tensors["held_out_images"])}, measures=measures)
         except Exception as error:
             raise ValueError(f"Expected a curve at {str(path)!r}, but got: {error}; remove the file.") from error
 
