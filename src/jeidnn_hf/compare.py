@@ -2,7 +2,8 @@
 
 Every method is a way to train inference modules with the policies that choose its exits, and is tried on each kind of
 heads. Trainings are ordinary runs (`training_runs`), so a comparison lies in an ordinary run folder; what is trained or
-measured there already is not done again. Every choice is made on ``validation``; ``test`` is only measured.
+measured there already is not done again. Every choice is made on ``validation``; methods are judged by ``test`` and
+``calibration``, and their prediction sets, whose quantiles are of the latter, by ``test`` alone.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ ALPHA = 0.05
 MAX_DRAWN = 12
 """Operating points of a curve in figures."""
 JUDGED_BY = ("test", "calibration")
-"""The roles whose images say how accurate a point is: calibration images set nothing but conformal quantiles."""
+"""The roles whose images say how accurate a point is, ``test`` first: calibration images set nothing but conformal
+quantiles."""
 
 
 @dataclass
