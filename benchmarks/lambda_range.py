@@ -3,7 +3,7 @@
     python benchmarks/lambda_range.py
 
 JEI-DNN's alternation (warm-up, gates, IMs) on resnet56's features; the paper's gates, one linear layer per exit, for
-lambda 1, and the shared network that takes lambda, for [.003, 3]. Alternating repetitions in one process; the ratio is
+lambda 1, and gates that take lambda, for [.003, 3]. Alternating repetitions in one process; the ratio is
 of medians.
 """
 

@@ -51,6 +51,12 @@ def shake(model: JEIDNNForImageClassification, seed: int) -> JEIDNNForImageClass
     for parameter in model.policy.parameters():
         scale = 4 if parameter.dim() < 2 else 4 / parameter.shape[-1] ** 0.5
         parameter.normal_(0, scale, generator=generator)
+    if model.config.gate == "shared":  # half of what is noise leaves at every exit, at the least lambda
+        gates, side = model.policy.gates, model.config.image_size
+        gates.weight.mul_(5), gates.slope.mul_(0.1), gates.curvature.mul_(0.1)
+        noise = torch.randn(24, 3, side, side, generator=generator)
+        logits = model.eval()(noise, output_all_exits=True).all_logits
+        gates.bias -= model.policy.gate_logits(logits, model.config.lam[0]).median(0).values
     return model.eval()
 
 

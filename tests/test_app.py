@@ -42,7 +42,7 @@ CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 
 @torch.no_grad()
 def ranged_model() -> JEIDNNForImageClassification:
-    """One network for all lambdas. A gate's logit rises with log lambda and with the exit's confidence: at the lowest
+    """Gates for all lambdas. A gate's logit rises with log lambda and with the exit's confidence: at the lowest
     lambda no gate opens, at the highest the first does, and on the way the later ones open first."""
     config = JEIDNNConfig(
         backbone="test_vit", image_size=32, recipe="default", native_head=False, lam=[LOW, HIGH], current_lam=OWN,
@@ -53,10 +53,9 @@ def ranged_model() -> JEIDNNForImageClassification:
     gates = model.policy.gates
     for parameter in gates.parameters():
         parameter.zero_()
-    confidence, log_lam = 0, 4  # columns of the gates' input
-    gates.layers[0].weight[0, [confidence, log_lam]], gates.layers[0].bias[0] = torch.tensor([12.0, 10.0]), 1.0
-    gates.layers[2].weight[0, 0] = gates.layers[4].weight[0, 0] = 1.0
-    gates.bias.copy_(-torch.linspace(16, 4, len(gates.bias)))
+    gates.weight[0, 0] = 0.5
+    gates.slope.fill_(10.0)
+    gates.bias.copy_(-torch.linspace(9, -3, len(gates.bias)))
     thresholds = {alpha: [t - 0.01 * l for l in range(6)] for alpha, t in ((0.01, 1.0), (0.05, 0.9), (0.1, 0.7))}
     images = SplitInfo("toy", "validation", "validation", 80, "0" * 64)
     temperatures = [1.5, 1.4, 1.3, 1.2, 1.1, 1.0]

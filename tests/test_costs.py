@@ -164,7 +164,7 @@ def test_cumulative_and_increasing():
     first = dim + dim * 8 + 8 + 8 * 7 + 7 + dim * 7
     own = [first] + [first + 8 * 8] * 4 + [0]
     assert costs.heads == tuple(sum(own[: l + 1]) + sum(ensemble[: l + 1]) for l in range(6))
-    gate = 9 * 7 + 1 + (13 * 32 + 32) + (32 * 32 + 32) + 32 + 1
+    gate = 9 * 7 + 1 + (3 * 4 + 1) + (13 * 32 + 32) + (32 * 32 + 32) + 32 + 1
     assert costs.gates == tuple(min(l, 5) * gate for l in range(1, 7))
 
 

@@ -82,7 +82,7 @@ def test_the_kernels_answer_as_pytorch(options, batch, monkeypatch):
 def test_a_lambda_for_each_image_and_exits_that_are_not_active(monkeypatch):
     net = model()
     pictures, lams = pictures_for(net), torch.logspace(-2, 0.4, 24)
-    net.policy.gates.layers[0].weight[:, 4] *= 8  # lambda matters
+    net.policy.gates.slope.mul_(8)  # lambda matters
     for active in (None, [1, 4, 8]):
         net.set_active_exits(active)
         expected, given = in_pytorch(net, monkeypatch, pictures, lam=lams), net(pictures, lam=lams)

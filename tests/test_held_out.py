@@ -250,6 +250,24 @@ def test_the_task_cost_is_the_one_named():
         assert (left[kind] - wanted).abs().mean() < 0.05 and 0.1 < wanted.mean() < 0.95
 
 
+def test_what_one_opinion_learns_does_not_depend_on_the_other():
+    logits, labels, _ = calibrated_problem(200)
+    fitted = []
+    for seed in (0, 1):
+        policy = policy_of("shared", (0.1, 2.0))
+        torch.manual_seed(seed)
+        for parameter in policy.gates.fine.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        before = [p.detach().clone() for p in policy.gates.parameters()]
+        fit_gates(policy, logits, labels, THREE, [0.1, 2.0], steps=30)
+        fitted.append(policy.gates)
+        assert not any(torch.equal(p, b) for p, b in zip(policy.gates.parameters(), before, strict=True))
+    for first, second in zip(*(gates.parameters(recurse=False) for gates in fitted), strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+    networks = [dict(gates.fine.named_parameters()) for gates in fitted]
+    assert (networks[0]["bias"] - networks[1]["bias"]).abs().min() > 0.01
+
+
 LAMBDAS = (0.25, 0.4, 0.6)
 
 

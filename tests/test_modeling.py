@@ -485,7 +485,8 @@ def test_the_exits_keep_their_own_initialisation():
     model = make(recipe="default")
     assert torch.equal(model.heads.ensemble.weight, torch.eye(6)) and not model.heads.ensemble.bias.any()
     assert not model.policy.gates.bias.any()
-    assert model.policy.gates.layers[0].weight.abs().max() <= 13**-0.5
+    assert model.policy.gates.weight.tolist() == [[0.5, 0, 0, 0], [0.0] * 4]
+    assert model.policy.gates.fine.layers[0].weight.abs().max() <= 13**-0.5
 
 
 def test_recurrent_heads_start_near_07_identity():

@@ -74,7 +74,7 @@ class JEIDNNConfig(PreTrainedConfig):
         standardize_features: standardise exit features by the training set's mean and deviation.
         policy: who leaves where, one of `policies.POLICIES`; `gates`, or one fitted to a budget, see `set_policy`.
         policy_options: what such a policy was built with.
-        gate: `linear`, one per exit on four statistics, or `shared`, one small network that takes log lambda.
+        gate: `linear`, one per exit on four statistics, or `shared`, the same weights at all exits, which take lambda.
         gate_statistics: those of `exits.STATISTICS` that the gates read, in their order. Default: all four.
         gate_form: `min` (Eq. 8), `cumulative` or `stick`, see `exits.exit_mass`.
         exit_rule: `conditional`, `median` or `sample`, see `policies.LearnedGates`.

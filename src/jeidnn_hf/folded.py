@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .exits import STATISTICS
-from .gates import ExitPolicy, Lambda, LinearGates, SharedGates
+from .gates import ExitPolicy, Lambda, LinearGates, SharedGates, log_certainty
 from .heads import ExitHeads, LinearHead, MLPHead, RecurrentHead
 
 
@@ -132,44 +132,49 @@ class FoldedHeads:
 
 
 class FoldedGates:
-    """`LinearGates` or `SharedGates`, one exit at a time: what the first layer adds for an exit and a lambda is worked
-    out once for each."""
+    """`LinearGates` or `SharedGates`, one exit at a time: what an exit and a lambda make of weights and biases is
+    worked out once for each."""
 
     def __init__(self, gates: LinearGates | SharedGates):
         self.kind, self.is_shared = gates.kind, isinstance(gates, SharedGates)
-        self._known: dict[tuple[int, float | None], Tensor] = {}
+        self._known: dict[tuple[int, float | None], tuple[Tensor, Tensor, Tensor]] = {}
         with torch.no_grad():
+            self.weight = _of_all_statistics(gates.weight, gates.statistics)
             if not self.is_shared:
-                self.weight = _of_all_statistics(gates.weight.detach(), gates.statistics)[:, None]
                 self.bias = gates.bias.detach().clone()[:, None]
                 return
-            self.lam_range, self.scaled_log = gates.lam_range, gates.scaled_log
-            first, _, second, _, last = gates.layers
-            widths = len(gates.statistics), 1, gates.embedding.embedding_dim
+            self.lam_range, self.scaled_log, self.entropy_scale = gates.lam_range, gates.scaled_log, gates.entropy_scale
+            self.bias = torch.stack([gates.bias + gates.fine.bias, gates.slope, gates.curvature], dim=1)
+            first, _, second, _, last = gates.fine.layers
+            widths = len(gates.statistics), 1, gates.fine.embedding.embedding_dim
             statistics, lam, exits = first.weight.split(widths, dim=1)
-            statistics = _of_all_statistics(statistics, gates.statistics)
             scale = statistics.new_tensor([1.0, gates.entropy_scale, gates.entropy_scale, 1.0])
-            self.first, self.of_lam = statistics * scale, lam[:, 0].clone()
-            self.of_exit = F.linear(gates.embedding.weight, exits, first.bias)
+            self.first, self.of_lam = _of_all_statistics(statistics, gates.statistics) * scale, lam[:, 0].clone()
+            self.of_exit = F.linear(gates.fine.embedding.weight, exits, first.bias)
             self.second = second.weight.detach().clone(), second.bias.detach().clone()
-            self.last, self.bias = last.weight.detach().clone(), gates.bias.detach().clone()[:, None]
+            self.last = last.weight.detach().clone()
 
     def __call__(self, statistics: Tensor, lam: Lambda = None, exits: int = 0) -> Tensor:
         """Statistics ``(B, 4)`` of one exit to its gate logits ``(B,)``."""
         if not self.is_shared:
-            return F.linear(statistics, self.weight[exits], self.bias[exits]).squeeze(1)
+            return torch.mv(statistics, self.weight[exits]) + self.bias[exits]
         if isinstance(lam, Tensor):
-            added = self.of_exit[exits] + self.scaled_log(lam, statistics)[:, None] * self.of_lam
-            state = F.linear(statistics, self.first) + added
+            weight, bias, added = self._at(self.scaled_log(lam, statistics)[:, None], exits)
         else:
             if (exits, lam) not in self._known:
                 if len(self._known) > 10_000:
                     self._known.clear()
-                log_lam = self.scaled_log(lam, statistics[:1])
-                self._known[exits, lam] = self.of_exit[exits] + log_lam * self.of_lam
-            state = F.linear(statistics, self.first, self._known[exits, lam])
-        state = F.linear(state.relu_(), *self.second).relu_()
-        return F.linear(state, self.last, self.bias[exits]).squeeze(1)
+                self._known[exits, lam] = self._at(self.scaled_log(lam, statistics[:1])[:, None], exits)
+            weight, bias, added = self._known[exits, lam]
+        plain = (log_certainty(statistics, self.entropy_scale) * weight).sum(1) + bias
+        state = (F.linear(statistics, self.first) + added).relu_()
+        return plain + F.linear(F.linear(state, *self.second).relu_(), self.last).squeeze(1)
+
+    def _at(self, t: Tensor, exits: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights, bias and what the network's first layer adds where log lambda, scaled, is t, ``(B or 1, 1)``."""
+        bias, slope, curvature = self.bias[exits]
+        added = self.of_exit[exits] + t * self.of_lam
+        return self.weight[0] + t * self.weight[1], (bias + t * (slope + t * curvature)).squeeze(1), added
 
 
 def _of_all_statistics(weight: Tensor, read: Sequence[str]) -> Tensor:

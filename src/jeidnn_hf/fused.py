@@ -176,18 +176,15 @@ def _parts(backbone: StagedBackbone, heads: FoldedHeads, policy: LearnedGates, l
         "output": torch.empty(0) if head.out is None else head.out,
         "ensemble": heads.ensemble[l] if has_ensemble else torch.empty(0),
         "threshold": torch.tensor([policy.threshold]),
+        "gate": gates.weight if gates.is_shared else gates.weight[l],
         "gate_bias": gates.bias[l],
     }
-    nothing = torch.empty(0)
+    network = ("first", "of_exit", "of_lam", "second", "second_bias", "last")
     if gates.is_shared:
-        (second, second_bias), of_exit = gates.second, gates.of_exit[l]
-        floats |= {
-            "direct": torch.zeros(4), "first": gates.first, "of_exit": of_exit, "of_lam": gates.of_lam,
-            "second": second, "second_bias": second_bias, "last": gates.last,
-        }  # fmt: skip
+        parts = gates.first, gates.of_exit[l], gates.of_lam, *gates.second, gates.last
+        floats |= dict(zip(network, parts, strict=True))
     else:
-        floats |= {"direct": gates.weight[l], "of_exit": nothing}
-        floats |= dict.fromkeys(("first", "of_lam", "second", "second_bias", "last"), nothing)
+        floats |= dict.fromkeys(network, torch.empty(0))
     answers_at = 2 + (heads.exits[0].width if heads.exits[0].out is not None else 0)
     return {
         "width": width,

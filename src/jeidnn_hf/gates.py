@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .exits import STATISTICS
@@ -142,14 +143,46 @@ class LinearGates(nn.Module):
         """Statistics ``(B, L-1, 4)``, or ``(B, 4)`` for one exit, to gate logits ``(B, L-1)`` or ``(B,)``."""
         return (_read(statistics, self.statistics) * self.weight[exits]).sum(-1) + self.bias[exits]
 
+    def alone(self, statistics: Tensor, lam: Lambda = None) -> list[Tensor]:
+        """Gate logits by the one opinion that there is, see `SharedGates.alone`."""
+        return [self(statistics, lam)]
+
     def mul_adds(self, num_labels: int) -> int:
         """9 K + 6: the statistics, and 5 for the linear layer."""
         return statistics_mul_adds(num_labels, self.statistics) + len(self.statistics) + 1
 
 
+class GateNetwork(nn.Module):
+    """Statistics, scaled log lambda and an embedding of the exit through two hidden layers, plus a bias per exit."""
+
+    def __init__(self, num_gates: int, num_statistics: int, width: int, embedding: int):
+        super().__init__()
+        self.embedding = nn.Embedding(num_gates, embedding)
+        first, second = nn.Linear(num_statistics + 1 + embedding, width), nn.Linear(width, width)
+        self.layers = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(width, 1, bias=False))
+        self.bias = nn.Parameter(torch.empty(num_gates))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.bias)
+
+    def forward(self, read: Tensor, t: Tensor, exits: slice | int) -> Tensor:
+        """Statistics that are read ``(B, L-1, S)`` or ``(B, S)`` and t ``(B, 1)`` or ``(B,)`` to gate logits."""
+        shape = read.shape[:-1]
+        inputs = [read, t.expand(shape)[..., None], self.embedding.weight[exits].expand(*shape, -1)]
+        return self.layers(torch.cat(inputs, dim=-1)).squeeze(-1) + self.bias[exits]
+
+
 class SharedGates(nn.Module):
-    """One small network for all exits and all lambdas: statistics, exit embedding and log lambda through two hidden
-    layers of ``width``, plus a bias per exit.
+    """Gates that read the statistics alike at all exits and take lambda. Two opinions add up::
+
+        g^l = sigmoid(plain + fine),    t: log lambda scaled to [-1, 1]
+        plain = (w + u t) . s(m) + a_l + c_l t + q_l t^2,    s: `log_certainty`
+        fine: a `GateNetwork`
+
+    The plain one, which starts as one threshold on the largest probability that falls as lambda rises, errs little
+    where held-out images say little; the fine one sees more where they say more. ``held_out.fit_gates`` fits each
+    alone, so that they do not err alike.
 
     Args:
         num_gates: L - 1.
@@ -171,25 +204,34 @@ class SharedGates(nn.Module):
     ):
         super().__init__()
         self.lam_range, self.statistics = lam_range, check_statistics(statistics)
-        self.embedding = nn.Embedding(num_gates, embedding)
-        first, second = nn.Linear(len(self.statistics) + embedding + 1, width), nn.Linear(width, width)
-        self.layers = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(width, 1, bias=False))
-        self.bias = nn.Parameter(torch.empty(num_gates))
+        self.weight = nn.Parameter(torch.empty(2, len(self.statistics)))
+        self.bias, self.slope, self.curvature = (nn.Parameter(torch.empty(num_gates)) for _ in range(3))
+        self.fine = GateNetwork(num_gates, len(self.statistics), width, embedding)
         self.entropy_scale = 1 / math.log(max(num_labels, 2))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.zeros_(self.bias)
+        for parameter in (self.weight, self.bias, self.curvature):
+            nn.init.zeros_(parameter)
+        nn.init.constant_(self.weight[0, 0], 0.5)
+        nn.init.constant_(self.slope, 2.5)
 
     def forward(self, statistics: Tensor, lam: Lambda = None, exits: slice | int = slice(None)) -> Tensor:
         """As ``LinearGates.forward``; lambda a number or ``(B,)``."""
+        return sum(self._opinions(statistics, lam, exits))
+
+    def alone(self, statistics: Tensor, lam: Lambda = None) -> list[Tensor]:
+        """Gate logits ``(B, L-1)`` by each opinion alone: twice its share."""
+        return [2 * opinion for opinion in self._opinions(statistics, lam, slice(None))]
+
+    def _opinions(self, statistics: Tensor, lam: Lambda, exits: slice | int) -> tuple[Tensor, Tensor]:
+        t = self.scaled_log(lam, statistics).reshape(-1, *[1] * (statistics.dim() - 2))
+        certainty = _read(log_certainty(statistics, self.entropy_scale), self.statistics)
+        weighed, by_lam = F.linear(certainty, self.weight).unbind(-1)
+        plain = weighed + self.bias[exits] + t * (by_lam + self.slope[exits] + t * self.curvature[exits])
         maximum, entropy, power_entropy, margin = statistics.unbind(-1)
         scaled = [maximum, entropy * self.entropy_scale, power_entropy * self.entropy_scale, margin]
-        read = _read(torch.stack(scaled, dim=-1), self.statistics)
-        log_lam = self.scaled_log(lam, statistics).reshape(-1, *[1] * (statistics.dim() - 1)).expand_as(read[..., :1])
-        embedding = self.embedding.weight[exits].expand(*margin.shape, -1)
-        inputs = torch.cat([read, log_lam, embedding], dim=-1)
-        return self.layers(inputs).squeeze(-1) + self.bias[exits]
+        return plain, self.fine(_read(torch.stack(scaled, dim=-1), self.statistics), t, exits)
 
     def scaled_log(self, lam: Lambda, like: Tensor) -> Tensor:
         """log lambda scaled to [-1, 1] over its range, one for each of ``like``'s rows."""
@@ -202,9 +244,27 @@ class SharedGates(nn.Module):
         return (2 * lam.log() - (low + high)) / (high - low)
 
     def mul_adds(self, num_labels: int) -> int:
-        layers = [m for m in self.layers if isinstance(m, nn.Linear)]
-        biases = sum(m.out_features for m in layers if m.bias is not None) + 1
-        return statistics_mul_adds(num_labels, self.statistics) + sum(m.weight.numel() for m in layers) + biases
+        """The statistics; for each its distance from certainty, the logarithm and its weight at lambda, and a bias; the
+        network."""
+        plain = 3 * len(self.statistics) + 1
+        fine = sum(p.numel() for p in self.fine.layers.parameters()) + 1
+        return statistics_mul_adds(num_labels, self.statistics) + plain + fine
+
+
+SMALLEST_DOUBT = 1e-4
+"""What `log_certainty` tells apart from no doubt at all."""
+
+
+def log_certainty(statistics: Tensor, entropy_scale: float) -> Tensor:
+    """Minus the logarithm of how far statistics ``(..., 4)`` are from those of a certain answer: 4.6 for a certain one,
+    -4.6 for a guess. Near certainty, where large budgets are decided, the statistics themselves hardly differ.
+
+    Args:
+        entropy_scale: ``1 / log K``.
+    """
+    maximum, entropy, power_entropy, margin = statistics.unbind(-1)
+    doubts = [1 - maximum, entropy * entropy_scale, power_entropy * entropy_scale, 1 - margin]
+    return math.log(SMALLEST_DOUBT) / 2 - torch.stack(doubts, dim=-1).clamp_min(0).add(SMALLEST_DOUBT).log()
 
 
 GATES = ("linear", "shared")

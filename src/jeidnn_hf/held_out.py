@@ -86,7 +86,8 @@ def fit_gates(
     improving: float = 0.6,
     seed: int = 0,
 ) -> list[float]:
-    """Trains gates on fixed answers by the expected cost of Eq. 6, an exact sum over exits, in place.
+    """Trains gates on fixed answers by the expected cost of Eq. 6, an exact sum over exits, in place; of two opinions
+    each alone, so that what one makes of chance is not what the other does.
 
     For a range of lambdas each step draws log lambda uniformly for every sample and divides its cost by 1 + lambda.
 
@@ -96,6 +97,8 @@ def fit_gates(
         lam: one lambda or (low, high).
         kind: task cost, see ``objectives.task_cost``.
         steps: full-batch AdamW steps, at a learning rate that falls to zero on a cosine.
+        learning_rate: of networks in the gates; five times that of single weights, of which gates have few.
+        weight_decay: of networks.
         improving: share of the steps, the first, that minimise ``objectives.leave_or_go_on_loss`` instead: by Eq. 6 a
             gate that is shut for everybody has no gradient left to learn for whom it should open.
 
@@ -109,7 +112,9 @@ def fit_gates(
     task = task_cost(logits, labels, kind)
     with torch.no_grad():
         statistics = uncertainty_statistics(class_probabilities(logits[:, :-1]))
-    optimizer = torch.optim.AdamW(policy.gates.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    own = {"params": list(policy.gates.parameters(recurse=False)), "lr": 5 * learning_rate, "weight_decay": 0.0}
+    networks = {"params": [p for network in policy.gates.children() for p in network.parameters()]}
+    optimizer = torch.optim.AdamW([own, networks], lr=learning_rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
     for step in range(steps):
@@ -117,14 +122,18 @@ def fit_gates(
         if low < high:
             lams = draw_log_uniform(low, high, logits, generator)
         cost = relative_cost(task, mul_adds, lams)
-        gate_logits = policy.gates(statistics, lams)
-        gates = gate_logits.sigmoid()
-        loss = expected = expected_cost(cost, exit_distribution(gates, policy.form))
-        if step < improving * steps:
-            loss = leave_or_go_on_loss(gate_logits, cost, exit_probability(gates, policy.form))
+        opinions = policy.gates.alone(statistics, lams)
+        together = (sum(opinions) / len(opinions)).detach().sigmoid()
+        losses.append(expected_cost(cost, exit_distribution(together, policy.form)))
+        loss = 0.0
+        for gate_logits in opinions:
+            gates = gate_logits.sigmoid()
+            if step < improving * steps:
+                loss += leave_or_go_on_loss(gate_logits, cost, exit_probability(gates, policy.form))
+            else:
+                loss += expected_cost(cost, exit_distribution(gates, policy.form))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        losses.append(expected.detach())
     return torch.stack(losses).tolist()

@@ -12,6 +12,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from .gates import SMALLEST_DOUBT
+
 CLASS_TOKEN, AVERAGE, MAXIMUM = range(3)
 """Kinds of statistics."""
 MIN, CUMULATIVE, STICK = range(3)
@@ -19,17 +21,19 @@ MIN, CUMULATIVE, STICK = range(3)
 
 PLAN = (
     "width", "classes", "gate_width", "feature", "recurs", "form", "median", "ensemble_size", "answer_at",
-    "weight", "bias", "low", "high", "output", "ensemble", "threshold", "direct", "first", "of_exit", "of_lam",
-    "second", "second_bias", "last", "gate_bias", "statistics",
+    "weight", "bias", "low", "high", "output", "ensemble", "threshold", "gate", "gate_bias", "first", "of_exit",
+    "of_lam", "second", "second_bias", "last", "statistics",
 )  # fmt: skip
 """Columns of ``plan``: sizes and choices; places in ``weights``; from the last on, kind and grid of each statistic."""
 (
     WIDTH, CLASSES, GATE_WIDTH, FEATURE, RECURS, FORM, MEDIAN, ENSEMBLE_SIZE, ANSWER_AT,
-    WEIGHT, BIAS, LOW, HIGH, OUTPUT, ENSEMBLE, THRESHOLD, DIRECT, FIRST, OF_EXIT, OF_LAM,
-    SECOND, SECOND_BIAS, LAST, GATE_BIAS, STATISTICS,
+    WEIGHT, BIAS, LOW, HIGH, OUTPUT, ENSEMBLE, THRESHOLD, GATE, GATE_BIAS, FIRST, OF_EXIT,
+    OF_LAM, SECOND, SECOND_BIAS, LAST, STATISTICS,
 ) = range(len(PLAN))  # fmt: skip
 REMAINING, LOG_LAM, HIDDEN = range(3)
 """Columns of ``carry``."""
+
+_SMALLEST, _MIDDLE = np.float32(SMALLEST_DOUBT), np.float32(np.log(SMALLEST_DOUBT) / 2)
 
 _OPTIONS = {"cache": True, "nogil": True, "fastmath": {"contract", "reassoc", "arcp", "nsz", "afn"}}
 """Sums may be taken in any order; NaN and infinity stay what they are."""
@@ -120,11 +124,18 @@ def _answer(read, weights, plan, carry):
 
 
 @njit(**_OPTIONS)
+def _log_certainty(doubt):
+    """As `gates.log_certainty`, of a statistic's distance from that of a certain answer."""
+    return _MIDDLE - np.log(max(doubt, np.float32(0)) + _SMALLEST)
+
+
+@njit(**_OPTIONS)
 def _leaves(weights, plan, carry, state):
     """Whether a sample leaves: statistics of its answer, gate, P(G=l) and rule; takes P(G=l) off its remaining mass.
 
-    The gate is ``direct . m + last . relu(second relu(first m + of_exit + of_lam log_lam) + second_bias) + bias``, with
-    a width of 0 for linear gates. state: room for that width.
+    A linear gate is w . m + b, with a width of 0. A shared one, with t the scaled log lambda, is
+    ``(w + u t) . s(m) + a + c t + q t^2 + last . relu(second relu(first m + of_exit + of_lam t) + second_bias)``; its
+    weights are w and u, its biases a, c and q. state: room for the width.
     """
     classes, width = plan[CLASSES], plan[GATE_WIDTH]
     answer = carry[plan[ANSWER_AT] :]
@@ -147,20 +158,28 @@ def _leaves(weights, plan, carry, state):
     entropy = np.log(total) + surprise / total
     power_entropy = np.log(squares) + 2 * power_surprise / squares
 
-    direct = weights[plan[DIRECT] :]
-    gate = weights[plan[GATE_BIAS]]
-    gate += direct[0] * maximum + direct[1] * entropy + direct[2] * power_entropy + direct[3] * margin
-    first, second = weights[plan[FIRST] :], weights[plan[SECOND] :]
-    for n in range(width):
-        value = weights[plan[OF_EXIT] + n] + weights[plan[OF_LAM] + n] * carry[LOG_LAM]
-        value += first[4 * n] * maximum + first[4 * n + 1] * entropy
-        value += first[4 * n + 2] * power_entropy + first[4 * n + 3] * margin
-        state[n] = max(value, np.float32(0))
-    for n in range(width):
-        value = weights[plan[SECOND_BIAS] + n]
-        for m in range(width):
-            value += second[n * width + m] * state[m]
-        gate += weights[plan[LAST] + n] * max(value, np.float32(0))
+    weight, bias = weights[plan[GATE] :], weights[plan[GATE_BIAS] :]
+    gate = bias[0]
+    if width == 0:
+        gate += weight[0] * maximum + weight[1] * entropy + weight[2] * power_entropy + weight[3] * margin
+    else:
+        t, scale = carry[LOG_LAM], np.float32(1 / np.log(max(classes, 2)))
+        gate += t * (bias[1] + t * bias[2])
+        gate += (weight[0] + t * weight[4]) * _log_certainty(1 - maximum)
+        gate += (weight[1] + t * weight[5]) * _log_certainty(scale * entropy)
+        gate += (weight[2] + t * weight[6]) * _log_certainty(scale * power_entropy)
+        gate += (weight[3] + t * weight[7]) * _log_certainty(1 - margin)
+        first, second = weights[plan[FIRST] :], weights[plan[SECOND] :]
+        for n in range(width):
+            value = weights[plan[OF_EXIT] + n] + weights[plan[OF_LAM] + n] * t
+            value += first[4 * n] * maximum + first[4 * n + 1] * entropy
+            value += first[4 * n + 2] * power_entropy + first[4 * n + 3] * margin
+            state[n] = max(value, np.float32(0))
+        for n in range(width):
+            value = weights[plan[SECOND_BIAS] + n]
+            for m in range(width):
+                value += second[n * width + m] * state[m]
+            gate += weights[plan[LAST] + n] * max(value, np.float32(0))
     gate = 1 / (1 + np.exp(-gate))
 
     remaining = carry[REMAINING]

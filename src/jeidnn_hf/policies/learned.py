@@ -1,4 +1,4 @@
-"""The learned gates: the paper's (Eq. 3-8), one linear gate per exit, and one small network that takes log lambda."""
+"""The learned gates: the paper's (Eq. 3-8), one linear gate per exit, and those that share weights and take lambda."""
 
 from __future__ import annotations
 
