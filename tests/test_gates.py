@@ -280,6 +280,7 @@ def test_shared_gates_by_hand():
 
 def test_shared_gates_start_as_one_threshold_on_the_largest_probability():
     gates, statistics = SharedGates(4, 7, LAM_RANGE), statistics_of(300, 4, 7).float()
+    assert gates.bias.tolist() == gates.fine.bias.tolist() == [0.0] * 4
     maximum, shares = statistics[..., 0].flatten(), []
     for lam in torch.logspace(-2, 1, 5).tolist():
         leaves = (gates.alone(statistics, lam)[0] > 0).flatten()
@@ -313,17 +314,34 @@ def test_one_exit_at_a_time_is_a_slice_of_all(make, lam):
     torch.testing.assert_close(some, gates(statistics, lam)[:, 1:3], rtol=0, atol=1e-10)
 
 
+def inputs_of(gates: SharedGates, statistics: Tensor, lam: float | Tensor | None) -> Tensor:
+    seen = []
+    handle = gates.fine.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    gates(statistics, lam)
+    handle.remove()
+    return seen[0]
+
+
+def test_what_the_network_of_shared_gates_sees():
+    """Entropies are 1 for uniform probabilities; log lambda is -1 and 1 at the ends of its range, 0 in the middle."""
+    gates, lam = shared_gates(2, 6), torch.tensor([0.01, math.sqrt(0.1), 10.0])
+    uniform = uncertainty_statistics(torch.full((3, 2, 6), 1 / 6))
+    inputs = inputs_of(gates, uniform, lam)
+    expected = torch.tensor([[1 / 6, 1.0, 1.0, 0.0, scaled] for scaled in (-1, 0, 1)])
+    torch.testing.assert_close(inputs[..., :5], expected[:, None].expand(3, 2, 5), rtol=0, atol=1e-6)
+    assert torch.equal(inputs[1, :, 5:], gates.fine.embedding.weight)
+
+
 @given(classes=st.integers(2, 200), doubt=st.floats(0, 1))
 def test_the_scale_of_the_statistics(classes, doubt):
     """log 100 for a certain answer, - log 100 for a guess, and log 10 further with a tenth of the doubt."""
     scale = 1 / math.log(classes)
-    certain = log_certainty(uncertainty_statistics(torch.eye(classes)[:1]), scale)
+    certain = log_certainty(uncertainty_statistics(torch.eye(classes)[:1]) * torch.tensor([1, scale, scale, 1]))
     torch.testing.assert_close(certain, torch.full((1, 4), math.log(100)), rtol=0, atol=2e-3)
-    guess = log_certainty(uncertainty_statistics(torch.full((1, classes), 1 / classes)), scale)[0]
+    uniform = uncertainty_statistics(torch.full((1, classes), 1 / classes))
+    guess = log_certainty(uniform * torch.tensor([1, scale, scale, 1]))[0]
     torch.testing.assert_close(guess[1:], torch.full((3,), -math.log(100)), rtol=0, atol=1e-3)
-    some, less, half = (
-        log_certainty(torch.tensor([1 - d, d / scale, d / scale, 1 - d]), scale) for d in (doubt, doubt / 10, doubt / 2)
-    )
+    some, less, half = (log_certainty(torch.tensor([1 - d, d, d, 1 - d])) for d in (doubt, doubt / 10, doubt / 2))
     assert (half >= some).all() and (less - some <= math.log(10) + 1e-4).all()
     if doubt > 0.1:
         assert (less - some >= math.log(10) - 0.01).all()
@@ -332,7 +350,7 @@ def test_the_scale_of_the_statistics(classes, doubt):
 def test_equal_ends_of_the_range_ignore_lambda():
     gates, statistics = shared_gates(4, 7, (0.5, 0.5)), statistics_of(6, 4, 7).float()
     expected = gates(statistics, None)
-    assert expected.isfinite().all()
+    assert expected.isfinite().all() and inputs_of(gates, statistics, None)[..., 4].count_nonzero() == 0
     for lam in (0.0, 0.5, 100.0, torch.rand(6)):
         assert torch.equal(gates(statistics, lam), expected)
 
@@ -349,6 +367,7 @@ def test_shared_gates_cost_their_statistics_and_what_they_make_of_them(classes, 
     """4 distances, logarithms and weights and a bias; the network."""
     gates, inputs = SharedGates(6, classes, LAM_RANGE, width=width), 4 + 8 + 1
     layers = (inputs * width + width) + (width * width + width) + (width + 1)
+    assert sum(p.numel() for p in gates.fine.layers.parameters()) + 1 == layers
     assert gates.mul_adds(classes) == LinearGates(6).mul_adds(classes) - 5 + 13 + layers
 
 
@@ -357,8 +376,8 @@ def test_shared_gates_cost_their_statistics_and_what_they_make_of_them(classes, 
 def test_gates_that_read_some_statistics_are_those_whose_other_weights_are_0(kind, names):
     read = [name for name in STATISTICS if name in names]
     torch.manual_seed(0)
-    some = build_gates(kind, 3, 5, LAM_RANGE, read)
-    whole, statistics = build_gates(kind, 3, 5, LAM_RANGE), torch.rand(6, 3, 4)
+    some = build_gates(kind, 3, 5, LAM_RANGE, read).double()
+    whole, statistics = build_gates(kind, 3, 5, LAM_RANGE).double(), torch.rand(6, 3, 4, dtype=torch.float64)
     columns = [STATISTICS.index(name) for name in read]
     with torch.no_grad():
         for own, parameter in zip(some.parameters(), whole.parameters(), strict=True):
@@ -372,8 +391,8 @@ def test_gates_that_read_some_statistics_are_those_whose_other_weights_are_0(kin
             first[:, :4], first[:, 4:] = 0, own[:, len(read) :]
             first[:, columns] = own[:, : len(read)]
     expected = whole(statistics, 0.3)
-    torch.testing.assert_close(some(statistics, 0.3), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(FoldedGates(some)(statistics[:, 1], 0.3, 1), expected[:, 1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(some(statistics, 0.3), expected)
+    torch.testing.assert_close(FoldedGates(some)(statistics[:, 1], 0.3, 1), expected[:, 1])
     per_name = {"max_probability": 5, "entropy": 10, "power_entropy": 25, "margin": 6}
     of_each = 1 if kind == "linear" else 3 + 32
     saved = sum(per_name[name] for name in set(STATISTICS) - names) + (4 - len(read)) * of_each

@@ -143,13 +143,13 @@ class FoldedGates:
             if not self.is_shared:
                 self.bias = gates.bias.detach().clone()[:, None]
                 return
-            self.lam_range, self.scaled_log, self.entropy_scale = gates.lam_range, gates.scaled_log, gates.entropy_scale
+            self.lam_range, self.scaled_log = gates.lam_range, gates.scaled_log
+            self.scale = self.weight.new_tensor(gates.scale)
             self.bias = torch.stack([gates.bias + gates.fine.bias, gates.slope, gates.curvature], dim=1)
             first, _, second, _, last = gates.fine.layers
             widths = len(gates.statistics), 1, gates.fine.embedding.embedding_dim
             statistics, lam, exits = first.weight.split(widths, dim=1)
-            scale = statistics.new_tensor([1.0, gates.entropy_scale, gates.entropy_scale, 1.0])
-            self.first, self.of_lam = _of_all_statistics(statistics, gates.statistics) * scale, lam[:, 0].clone()
+            self.first, self.of_lam = _of_all_statistics(statistics, gates.statistics) * self.scale, lam[:, 0].clone()
             self.of_exit = F.linear(gates.fine.embedding.weight, exits, first.bias)
             self.second = second.weight.detach().clone(), second.bias.detach().clone()
             self.last = last.weight.detach().clone()
@@ -166,7 +166,7 @@ class FoldedGates:
                     self._known.clear()
                 self._known[exits, lam] = self._at(self.scaled_log(lam, statistics[:1])[:, None], exits)
             weight, bias, added = self._known[exits, lam]
-        plain = (log_certainty(statistics, self.entropy_scale) * weight).sum(1) + bias
+        plain = (log_certainty(statistics * self.scale) * weight).sum(1) + bias
         state = (F.linear(statistics, self.first) + added).relu_()
         return plain + F.linear(F.linear(state, *self.second).relu_(), self.last).squeeze(1)
 

@@ -207,7 +207,7 @@ class SharedGates(nn.Module):
         self.weight = nn.Parameter(torch.empty(2, len(self.statistics)))
         self.bias, self.slope, self.curvature = (nn.Parameter(torch.empty(num_gates)) for _ in range(3))
         self.fine = GateNetwork(num_gates, len(self.statistics), width, embedding)
-        self.entropy_scale = 1 / math.log(max(num_labels, 2))
+        self.scale = (1.0, 1 / math.log(max(num_labels, 2)), 1 / math.log(max(num_labels, 2)), 1.0)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -226,12 +226,11 @@ class SharedGates(nn.Module):
 
     def _opinions(self, statistics: Tensor, lam: Lambda, exits: slice | int) -> tuple[Tensor, Tensor]:
         t = self.scaled_log(lam, statistics).reshape(-1, *[1] * (statistics.dim() - 2))
-        certainty = _read(log_certainty(statistics, self.entropy_scale), self.statistics)
+        statistics = statistics * statistics.new_tensor(self.scale)
+        certainty = _read(log_certainty(statistics), self.statistics)
         weighed, by_lam = F.linear(certainty, self.weight).unbind(-1)
         plain = weighed + self.bias[exits] + t * (by_lam + self.slope[exits] + t * self.curvature[exits])
-        maximum, entropy, power_entropy, margin = statistics.unbind(-1)
-        scaled = [maximum, entropy * self.entropy_scale, power_entropy * self.entropy_scale, margin]
-        return plain, self.fine(_read(torch.stack(scaled, dim=-1), self.statistics), t, exits)
+        return plain, self.fine(_read(statistics, self.statistics), t, exits)
 
     def scaled_log(self, lam: Lambda, like: Tensor) -> Tensor:
         """log lambda scaled to [-1, 1] over its range, one for each of ``like``'s rows."""
@@ -255,16 +254,14 @@ SMALLEST_DOUBT = 1e-4
 """What `log_certainty` tells apart from no doubt at all."""
 
 
-def log_certainty(statistics: Tensor, entropy_scale: float) -> Tensor:
+def log_certainty(statistics: Tensor) -> Tensor:
     """Minus the logarithm of how far statistics ``(..., 4)`` are from those of a certain answer: 4.6 for a certain one,
     -4.6 for a guess. Near certainty, where large budgets are decided, the statistics themselves hardly differ.
-
-    Args:
-        entropy_scale: ``1 / log K``.
+    Entropies come divided by log K.
     """
     maximum, entropy, power_entropy, margin = statistics.unbind(-1)
-    doubts = [1 - maximum, entropy * entropy_scale, power_entropy * entropy_scale, 1 - margin]
-    return math.log(SMALLEST_DOUBT) / 2 - torch.stack(doubts, dim=-1).clamp_min(0).add(SMALLEST_DOUBT).log()
+    doubts = torch.stack([1 - maximum, entropy, power_entropy, 1 - margin], dim=-1)
+    return math.log(SMALLEST_DOUBT) / 2 - doubts.clamp_min(0).add(SMALLEST_DOUBT).log()
 
 
 GATES = ("linear", "shared")
