@@ -247,13 +247,13 @@ def shared_gates_by_hand(gates: SharedGates, statistics: np.ndarray, lam: np.nda
     p = {name: parameter.detach().numpy() for name, parameter in gates.named_parameters()}
     low, high = np.log(LAM_RANGE)
     t = ((np.log(lam) - low) / (high - low) * 2 - 1)[:, None]
-    doubts = np.abs(np.array([1, 0, 0, 1]) - statistics / np.array([1, np.log(num_labels), np.log(num_labels), 1]))
-    sure = np.log(1e-4) / 2 - np.log(doubts + 1e-4)
+    scaled = statistics / np.array([1, np.log(num_labels), np.log(num_labels), 1])
+    sure = np.log(1e-4) / 2 - np.log(np.abs(np.array([1, 0, 0, 1]) - scaled) + 1e-4)
     weighed = (sure * (p["weight"][0] + t[..., None] * p["weight"][1])).sum(-1)
     plain = weighed + p["bias"] + p["slope"] * t + p["curvature"] * t**2
     inputs = np.concatenate(
         [
-            statistics / np.array([1, np.log(num_labels), np.log(num_labels), 1]),
+            scaled,
             np.broadcast_to(t[..., None], (*statistics.shape[:2], 1)),
             np.broadcast_to(p["fine.embedding.weight"], (*statistics.shape[:2], 8)),
         ],
@@ -335,11 +335,11 @@ def test_what_the_network_of_shared_gates_sees():
 @given(classes=st.integers(2, 200), doubt=st.floats(0, 1))
 def test_the_scale_of_the_statistics(classes, doubt):
     """log 100 for a certain answer, - log 100 for a guess, and log 10 further with a tenth of the doubt."""
-    scale = 1 / math.log(classes)
-    certain = log_certainty(uncertainty_statistics(torch.eye(classes)[:1]) * torch.tensor([1, scale, scale, 1]))
+    scale = torch.tensor([1, 1 / math.log(classes), 1 / math.log(classes), 1])
+    certain = log_certainty(uncertainty_statistics(torch.eye(classes)[:1]) * scale)
     torch.testing.assert_close(certain, torch.full((1, 4), math.log(100)), rtol=0, atol=2e-3)
     uniform = uncertainty_statistics(torch.full((1, classes), 1 / classes))
-    guess = log_certainty(uniform * torch.tensor([1, scale, scale, 1]))[0]
+    guess = log_certainty(uniform * scale)[0]
     torch.testing.assert_close(guess[1:], torch.full((3,), -math.log(100)), rtol=0, atol=1e-3)
     some, less, half = (log_certainty(torch.tensor([1 - d, d, d, 1 - d])) for d in (doubt, doubt / 10, doubt / 2))
     assert (half >= some).all() and (less - some <= math.log(10) + 1e-4).all()
