@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.special import log_softmax
 from torch import Tensor
 
 from jeidnn_hf.backbones.staged import select
@@ -263,8 +264,9 @@ reuse = pytest.mark.parametrize(
         {"cascade": True, "ensemble": True, "standardize": True},
         {"boosting": 0.5},
         {"boosting": 0.5, "cascade": True},
+        {"boosting": 0.5, "ensemble": True, "standardize": True},
     ],
-    ids=["cascade", "ztw", "boosted", "boosted cascade"],
+    ids=["cascade", "ztw", "boosted", "boosted cascade", "boosted ensemble"],
 )
 
 
@@ -286,6 +288,17 @@ def test_boosted_answers_by_hand(native):
     close(own[:, 1], features[1] @ heads.modules_by_exit[1].weight.T + heads.modules_by_exit[1].bias)
     heads.boosting = 0.0
     assert torch.equal(heads(features), own)
+
+
+@natives
+def test_an_ensemble_combines_boosted_answers(native):
+    heads, features = heads_of("linear", ensemble=True, native=native, boosting=0.5), features_of(native)
+    own, T, w, b = heads.members(features), *(arrays_of(heads.ensemble)[k] for k in ("temperature", "weight", "bias"))
+    boosted = [own[:, 0], own[:, 1] + own[:, 0] / 2, own[:, 2] + own[:, 1] / 2 + own[:, 0] / 4]
+    log_probs = [log_softmax(f.detach().numpy() / T[j], axis=-1) for j, f in enumerate(boosted)]
+    for l in range(3):
+        close(heads(features)[:, l], sum(w[l, j] * log_probs[j] for j in range(l + 1)) + b[l])
+    close(heads.boosted(own)[:, :3], torch.stack(boosted, dim=1))
 
 
 @pytest.mark.parametrize("options", [{"cascade": True}, {"boosting": 0.5}], ids=["cascade", "boosted"])

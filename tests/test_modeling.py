@@ -63,6 +63,7 @@ CASES = {
     "vit_ensemble": {"ensemble": True},
     "vit_default": {"recipe": "default"},
     "vit_boosted": {"boosting": 0.5},
+    "vit_boosted_default": {"recipe": "default", "boosting": 0.5},
     "vit_cascade": {"cascade": True, "ensemble": True},
 }
 every_case = pytest.mark.parametrize("case", list(CASES))

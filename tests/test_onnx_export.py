@@ -86,6 +86,10 @@ GRAPHS = {
         "exit_head": "mlp", "cascade": True, "gate_form": "cumulative", "exit_rule": "median",
     },
     "boosting stick median": {"boosting": 0.5, "gate_form": "stick", "exit_rule": "median"},
+    "boosting ensemble shared": {
+        "boosting": 0.5, "ensemble": True, "exit_head": "recurrent", "standardize_features": True, "gate": "shared",
+        "gate_form": "stick", "lam": [0.01, 10.0],
+    },
     "native head": {"native_head": True},
 }  # fmt: skip
 

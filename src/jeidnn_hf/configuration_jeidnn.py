@@ -69,8 +69,8 @@ class JEIDNNConfig(PreTrainedConfig):
         exit_head: `linear`, `mlp` or `recurrent`, the latter two `head_dim` wide.
         ensemble: answer with the learned geometric ensemble of the exits so far.
         cascade: each IM also reads what the one before answered; with an ensemble that is Zero Time Waste, see `heads`.
-        boosting: in [0, 1]: every exit adds this share of the answer before to its own logits (0.5 in BoostedNet),
-            which wants `im_training="boosted"` and `ensemble=False`. None: each answers alone.
+        boosting: in [0, 1]: every exit adds this share of the one before to its own logits (0.5 in BoostedNet), before
+            any ensemble; wants `im_training="boosted"` or `"soft_targets"`. None: nothing is added.
         standardize_features: standardise exit features by the training set's mean and deviation.
         policy: who leaves where, one of `policies.POLICIES`; `gates`, or one fitted to a budget, see `set_policy`.
         policy_options: what such a policy was built with.
@@ -177,11 +177,6 @@ class JEIDNNConfig(PreTrainedConfig):
             )
         if self.boosting is not None and not (isinstance(self.boosting, Real) and 0 <= self.boosting <= 1):
             raise ValueError(f"Expected boosting in [0, 1], or None, but got {self.boosting!r}.")
-        if self.boosting is not None and self.ensemble:
-            raise ValueError(
-                f"Expected ensemble=False with boosting={self.boosting!r}, but got ensemble=True; boosted exits are an "
-                "ensemble already, so set ensemble=False, or boosting=None."
-            )
         if self.cascade and self.num_labels < 2:
             raise ValueError("Expected cascade=False for num_labels=1, but got cascade=True; it normalises the logits.")
         _check_one_of("exit_head", self.exit_head, HEADS)

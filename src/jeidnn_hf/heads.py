@@ -5,8 +5,8 @@ Where the backbone keeps its native classifier, the last exit's feature is alrea
 
 IMs of every kind can reuse what the exits before answered, by ``cascade`` and ``ensemble`` (together the whole of Zero
 Time Waste, Wolczyk et al., NeurIPS 2021, whose IMs are trained plainly) or by ``boosting`` (BoostedNet, Yu et al., AAAI
-2023). With o^l for the own logits of exit l, the network answers with o^l, with their ensemble, or boosted with
-``F^l = o^l + boosting F^{l-1}``.
+2023). With o^l for the own logits of exit l and ``F^l = o^l + boosting F^{l-1}``, or F^l = o^l without boosting, the
+network answers with F^l or with the ensemble of F^1 to F^l.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ class ExitHeads(nn.Module):
         ensemble: combine the exits so far; fitted after the IMs, on held-out data.
         standardize: standardise the features first (``set_feature_statistics``).
         cascade: every trained exit but the first reads ``[z_l, LayerNorm(o^{l-1})]``. No gradient goes back that way.
-        boosting: the share of F^{l-1} that exit l adds to its own logits, 0.5 published, in the place of an ensemble.
-            It is detached: an exit learns what the ones before leave over. None: each exit answers alone.
+        boosting: the share of F^{l-1} that exit l adds to its own logits, 0.5 published. It is detached: an exit learns
+            what the ones before leave over. None: nothing is added.
     """
 
     def __init__(
@@ -202,16 +202,16 @@ class ExitHeads(nn.Module):
         carry = carry or Carry()
         logits, hidden = self._member(l, z, carry.hidden, carry.own)
         own = None if self.links is None else logits
+        boosted = None
         if self.boosting is not None:
-            logits = self._boosted(logits, carry.boosted)
-            return logits, Carry(hidden, own=own, boosted=logits)
+            logits = boosted = self._boosted(logits, carry.boosted)
         if self.ensemble is None:
-            return logits, Carry(hidden, own=own)
+            return logits, Carry(hidden, own=own, boosted=boosted)
         log_probs = self.ensemble.log_probs(l, logits)[:, None]
         if carry.log_probs is not None:
             log_probs = torch.cat([carry.log_probs, log_probs], dim=1)
         combined = self.ensemble.combine(l, log_probs) if answer else logits
-        return combined, Carry(hidden, log_probs, own)
+        return combined, Carry(hidden, log_probs, own, boosted)
 
     def members(self, features: Sequence[Tensor]) -> Tensor:
         """Every exit's own logits o^l, ``(B, L, K)``, before ensemble and boosting."""
@@ -221,14 +221,19 @@ class ExitHeads(nn.Module):
             logits.append(own)
         return torch.stack(logits, dim=1)
 
-    def answers(self, members: Tensor) -> Tensor:
-        """The exits' own logits to those that the network answers with, ``(B, L, K)`` each."""
+    def boosted(self, members: Tensor) -> Tensor:
+        """The exits' own logits to F^l, ``(B, L, K)`` each: themselves without boosting."""
         if self.boosting is None:
-            return members if self.ensemble is None else self.ensemble(members)
+            return members
         boosted = []
         for own in members.unbind(1):
             boosted.append(self._boosted(own, boosted[-1] if boosted else None))
         return torch.stack(boosted, dim=1)
+
+    def answers(self, members: Tensor) -> Tensor:
+        """The exits' own logits to those that the network answers with, ``(B, L, K)`` each."""
+        boosted = self.boosted(members)
+        return boosted if self.ensemble is None else self.ensemble(boosted)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Features of all exits to the logits ``(B, L, K)`` that the network answers with."""

@@ -31,7 +31,7 @@ def fit_held_out(model, validation: Dataset, args: JEIDNNTrainingArguments) -> d
     device = next(model.heads.parameters()).device
     members, labels = (tensor.to(device) for tensor in collect_logits(model, validation, members=True))
     if model.heads.ensemble is not None:
-        fit_ensemble(model.heads.ensemble, members, labels, pull=args.ensemble_pull)
+        fit_ensemble(model.heads.ensemble, model.heads.boosted(members), labels, pull=args.ensemble_pull)
     with torch.no_grad():
         logits = model.heads.answers(members)
     losses = fit_gates(
@@ -48,7 +48,7 @@ def fit_ensemble(ensemble: GeometricEnsemble, members: Tensor, labels: Tensor, p
     the identity. The problem is convex; L-BFGS in float64 solves it.
 
     Args:
-        members: the IMs' own logits ``(N, L, K)``.
+        members: the logits that it combines, ``(N, L, K)``.
         labels: ``(N,)``.
     """
     ensemble.temperature.copy_(fit_temperatures(members, labels))

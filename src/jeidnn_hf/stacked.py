@@ -260,21 +260,18 @@ class MemberLoss(nn.Module):
         super().__init__()
         self.policy, self.im_training = model.policy, im_training
         self.shared = {"config": model.config, "normalised_costs": model.normalised_costs}
-        self.answers = model.heads.answers
+        self.boosted = model.heads.boosted
 
     def forward(self, logits: Tensor, labels: Tensor, phase: Phase, lam: Tensor) -> Tensor:
-        model = SimpleNamespace(heads=_Given(self.answers), policy=self.policy, **self.shared)
+        model = SimpleNamespace(heads=_Given(self.boosted), policy=self.policy, **self.shared)
         return self.im_training.loss(model, logits, labels, phase, lam)
 
 
 class _Given:
     """In the place of heads, where the "features" are the IMs' own logits already."""
 
-    def __init__(self, answers):
-        self._answers = answers
+    def __init__(self, boosted):
+        self.boosted = boosted
 
     def members(self, logits: Tensor) -> Tensor:
         return logits if torch.is_grad_enabled() else logits.detach()
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        return self._answers(self.members(logits))

@@ -79,6 +79,19 @@ def test_gates_are_fitted_to_the_boosted_answers(tmp_path, monkeypatch):
     torch.testing.assert_close(answers[:, 2], members[:, 2] + members[:, 1] / 2 + members[:, 0] / 4)
 
 
+def test_an_ensemble_is_fitted_to_the_boosted_answers_and_trains_no_one(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(held_out, "fit_ensemble", lambda ensemble, logits, labels, pull: seen.append(logits))
+    model, alone = toy_model(boosting=0.5, ensemble=True), toy_model(boosting=0.5)
+    torch.nn.init.normal_(model.heads.ensemble.weight)
+    losses = [loss_of(one, tmp_path, im_training="boosted") for one in (model, alone)]
+    assert torch.equal(*losses)
+    trainer = toy_trainer(model, tmp_path, im_training="boosted")
+    held_out.fit_held_out(trainer.model, trainer.eval_dataset, trainer.args)
+    members = collect_logits(model, trainer.eval_dataset, members=True)[0]
+    torch.testing.assert_close(seen[0][:, 1], members[:, 1] + members[:, 0] / 2)
+
+
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path):
     options = {"im_training": "boosted", "save_strategy": "steps", "save_steps": 3}
     whole = trained(tmp_path / "whole", {"boosting": 0.5}, **options)
@@ -96,7 +109,7 @@ def test_model_and_training_go_together(tmp_path):
         toy_trainer(toy_model(boosting=0.5), tmp_path, im_training="boosted", gates_on="train")
     boosted = toy_model(boosting=0.5)
     for name in ("plain", "jeidnn", "imta"):
-        message = rf"^Expected im_training='boosted' for a model with boosting=0\.5, but got {name}, which trains"
+        message = rf"^Expected im_training='boosted' or 'soft_targets' for boosting=0\.5, but got {name}, which trains"
         with pytest.raises(ValueError, match=f"(?i){message}"):
             toy_trainer(boosted, tmp_path, im_training=name)
         IM_TRAININGS[name].check(toy_model().config)

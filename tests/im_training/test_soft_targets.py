@@ -23,15 +23,17 @@ def training_at(step: int, alpha: float = 0.2, seed: int = 0, data_seed: int | N
     return training
 
 
+@pytest.mark.parametrize("boosting", [None, 0.5])
 @pytest.mark.parametrize("native_head", [True, False])
 @pytest.mark.parametrize(
     "options",
     [{}, {"soft_teaching": 0.5, "soft_temperature": 2.0}, {"soft_mixup": 0.4},
      {"soft_mixup": 1.0, "soft_teaching": 0.7, "soft_temperature": 3.0}],
 )  # fmt: skip
-def test_the_loss_by_hand(options, native_head, tmp_path):
-    """Each row is mixed with the one beside it, at all exits alike, and so are its labels."""
-    model = toy_model(native_head=native_head)
+def test_the_loss_by_hand(options, native_head, boosting, tmp_path):
+    """Each row is mixed with the one beside it, at all exits alike, and so are its labels; boosted exits add half of
+    the logits before."""
+    model = toy_model(native_head=native_head, boosting=boosting)
     features, labels = batch_of(model)
     options = {**HARD, "soft_temperature": 1.0, **options}
     training = toy_trainer(
@@ -50,7 +52,7 @@ def test_the_loss_by_hand(options, native_head, tmp_path):
         if l < 3 or not native_head:
             head = model.heads.modules_by_exit[l]
             z = z @ head.weight.detach().double().numpy().T + head.bias.detach().double().numpy()
-        logits.append(z)
+        logits.append(z + boosting * logits[-1] if boosting and logits else z)
     losses = [-(target * log_softmax(o, axis=-1)).sum(-1).mean() for o in logits]
     trained_exits, early = (3, 1) if native_head else (4, 2)
     late = np.mean([log_softmax(o, axis=-1) for o in logits[early:trained_exits]], axis=0)

@@ -54,7 +54,7 @@ class IMTraining(nn.Module):
         """A ValueError where a model of this config cannot be trained so: by default, one whose exits are boosted."""
         if config.boosting is not None:
             raise ValueError(
-                f"Expected im_training='boosted' for a model with boosting={config.boosting!r}, but got "
+                f"Expected im_training='boosted' or 'soft_targets' for boosting={config.boosting!r}, but got "
                 f"{cls.__name__}, which trains every IM as if it answered alone; or build it with boosting=None."
             )
 

@@ -32,4 +32,4 @@ class Boosted(Plain):
             )
 
     def loss(self, model, features: Sequence[Tensor], labels: Tensor, phase: Phase, lam: Lambda) -> Tensor:
-        return self.weighted(task_cost(model.heads(features), labels))
+        return self.weighted(task_cost(model.heads.boosted(model.heads.members(features)), labels))

@@ -4,7 +4,7 @@ A frozen backbone knows its training images by heart, and IMs trained plainly ov
 remedies, in one loss::
 
     z~^l_i = s z^l_i + (1 - s) z^l_j                                   what IM l reads
-    CE_l = mean_i [s CE(y_i, o^l_i) + (1 - s) CE(y_j, o^l_i)]          its answer o^l against the labels
+    CE_l = mean_i [s CE(y_i, o^l_i) + (1 - s) CE(y_j, o^l_i)]          its answer o^l against the labels, boosted or not
     loss = sum_{l <= L/2} [(1 - g) CE_l + g T^2 KL(softmax(t / T) || softmax(o^l / T))] + sum_{l > L/2} CE_l
 
 Mixup (Zhang et al., ICLR 2018): j is the row beside i; s ~ Beta(alpha, alpha), one draw a step, for all exits.
@@ -30,11 +30,15 @@ from .plain import Plain
 class SoftTargets(Plain):
     """``soft_mixup`` is alpha, ``soft_teaching`` g, ``soft_temperature`` T. With the first two at 0 this is `Plain`."""
 
+    @classmethod
+    def check(cls, config) -> None:
+        """Boosted exits learn what the ones before leave over, of soft targets as of others."""
+
     def read(self, features: Sequence[Tensor]) -> list[Tensor]:
         return [mix(z, self.share) for z in features]
 
     def loss(self, model, features: Sequence[Tensor], labels: Tensor, phase: Phase, lam: Lambda) -> Tensor:
-        logits, share = model.heads.members(features), self.share
+        logits, share = model.heads.boosted(model.heads.members(features)), self.share
         own, other = (task_cost(logits, y) for y in (labels, beside(labels)))
         task = share * own + (1 - share) * other
         trained, teaching = self.num_exits - self.native_head, self.args.soft_teaching
