@@ -29,10 +29,11 @@ def shaken(module):
 @pytest.mark.parametrize("native_head", [True, False])
 @pytest.mark.parametrize("ensemble", [True, False])
 @pytest.mark.parametrize("standardize", [True, False])
+@pytest.mark.parametrize("boosting", [None, 0.5])
 @pytest.mark.parametrize("kind", ["linear", "mlp", "recurrent"])
 @torch.no_grad()
-def test_folded_heads_answer_the_same(kind, standardize, ensemble, native_head):
-    heads = shaken(ExitHeads(DIMS, 4, kind, 7, native_head, ensemble, standardize))
+def test_folded_heads_answer_the_same(kind, boosting, standardize, ensemble, native_head):
+    heads = shaken(ExitHeads(DIMS, 4, kind, 7, native_head, ensemble, standardize, boosting=boosting))
     folded = FoldedHeads(heads)
     features = [10 * torch.randn(5, d, generator=torch.Generator().manual_seed(d)) for d in DIMS]  # some are clipped
     carry = folded_carry = None
@@ -40,7 +41,7 @@ def test_folded_heads_answer_the_same(kind, standardize, ensemble, native_head):
         expected, carry = heads.step(l, z, carry)
         given, folded_carry = folded.step(l, z, folded_carry)
         torch.testing.assert_close(given, expected, rtol=1e-5, atol=2e-5)
-    assert folded.remembers == heads.remembers == (ensemble or kind == "recurrent")
+    assert folded.remembers == heads.remembers == (ensemble or kind == "recurrent" or boosting is not None)
 
 
 @pytest.mark.parametrize("lam", [0.3, torch.tensor([0.01, 0.3, 2.0])], ids=["one lambda", "one per image"])
@@ -55,9 +56,8 @@ def test_folded_gates_see_the_same(lam):
 
 def test_what_has_no_folded_form_is_left_as_it_is():
     policy = LearnedGates(LinearGates(3), 4)
-    for options in ({"cascade": True}, {"boosting": 0.5}):
-        heads = ExitHeads(DIMS, 4, **options)
-        assert fold(heads, policy)[0] is heads
+    heads = ExitHeads(DIMS, 4, cascade=True)
+    assert fold(heads, policy)[0] is heads
     heads = ExitHeads(DIMS, 4).bfloat16()
     assert fold(heads, policy.bfloat16()) == (heads, policy)
 

@@ -19,7 +19,7 @@ from .heads import ExitHeads, LinearHead, MLPHead, RecurrentHead
 
 def fold(heads: ExitHeads, policy: ExitPolicy) -> tuple[Any, ExitPolicy]:
     """Both folded; what has no folded form, such as cascading heads or another policy than gates, is given back."""
-    foldable = heads.links is None and heads.boosting is None and _is_exact(heads)
+    foldable = heads.links is None and _is_exact(heads)
     folded_heads = FoldedHeads(heads) if foldable else heads
     gates = getattr(policy, "gates", None)
     if isinstance(gates, (LinearGates, SharedGates)) and _is_exact(policy):
@@ -35,10 +35,11 @@ def _is_exact(module: nn.Module) -> bool:
 
 class FoldedCarry(NamedTuple):
     """The recurrent state ``(B, H)``; of the ensemble, what the exits so far add to this and each later exit's logits,
-    ``(B, L - l, K)``."""
+    ``(B, L - l, K)``; boosted logits, divided by the ensemble's temperature, ``(B, K)``."""
 
     hidden: Tensor | None = None
     sums: Tensor | None = None
+    boosted: Tensor | None = None
 
 
 class FoldedHead(NamedTuple):
@@ -54,11 +55,12 @@ class FoldedHead(NamedTuple):
 
 
 class FoldedHeads:
-    """`ExitHeads` without links or boosting.
+    """`ExitHeads` without links.
 
-    The standardisation is folded into the weights that read it, the temperature into those that write; the two
-    products with a recurrent head's feature are one. With w the ensemble's weights, exit l adds ``w_ml log p^l`` to
-    the logits of every exit m >= l as soon as it is known, so that no exit has to be remembered by itself.
+    The standardisation is folded into the weights that read it; the temperature into those that write, and into the
+    share that is boosted, ``F^l / T_l = o^l / T_l + (boosting T_{l-1} / T_l) F^{l-1} / T_{l-1}``; the two products with
+    a recurrent head's feature are one. With w the ensemble's weights, exit l adds ``w_ml log p^l`` to the logits of
+    every exit m >= l as soon as it is known, so that no exit has to be remembered by itself.
     """
 
     def __init__(self, heads: ExitHeads):
@@ -66,7 +68,10 @@ class FoldedHeads:
         self.remembers = heads.remembers
         with torch.no_grad():
             self.exits = [self._folded(heads, l) for l in range(len(heads.modules_by_exit))]
-            self.ensemble = None
+            self.ensemble, self.boosting = None, None
+            if heads.boosting is not None:
+                T = torch.ones(self.num_exits) if heads.ensemble is None else heads.ensemble.temperature
+                self.boosting = [0.0, *(heads.boosting * T[:-1].double() / T[1:].double()).tolist()]
             if heads.ensemble is not None:
                 weight = heads.ensemble.weight.detach().clone()
                 self.ensemble = [weight[l:, l, None].contiguous() for l in range(self.num_exits)]
@@ -77,16 +82,18 @@ class FoldedHeads:
         self, l: int, z: Tensor, carry: FoldedCarry | None = None, answer: bool = True
     ) -> tuple[Tensor, FoldedCarry]:
         """As `ExitHeads.step`."""
-        hidden, sums = carry or FoldedCarry()
+        hidden, sums, boosted = carry or FoldedCarry()
         if l < len(self.exits):
             logits, hidden = self._member(self.exits[l], z, hidden)
         else:
             logits = z if self.ensemble is None else z / self.last_temperature
+        if self.boosting is not None:
+            logits = boosted = logits if boosted is None else logits.add(boosted, alpha=self.boosting[l])
         if self.ensemble is None:
-            return logits, FoldedCarry(hidden)
+            return logits, FoldedCarry(hidden, boosted=boosted)
         sums = self.bias.expand(z.shape[0], -1, -1) if sums is None else sums[:, 1:]
         sums = torch.addcmul(sums, logits.log_softmax(-1)[:, None], self.ensemble[l])
-        return sums[:, 0], FoldedCarry(hidden, sums)
+        return sums[:, 0], FoldedCarry(hidden, sums, boosted)
 
     def _member(self, head: FoldedHead, z: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if head.clip is not None:

@@ -76,7 +76,8 @@ class FusedExits:
         self._no_tokens = [np.empty((0, channels), np.float32) for channels, _, _ in backbone.map_shapes]
         self._nobody = np.empty(0, np.bool_)
         answers = torch.zeros(self._classes) if heads.ensemble is None else heads.bias.flatten()
-        self._start = torch.cat([torch.ones(1), torch.zeros(1 + self._width), answers])
+        self._boosted = 0 if heads.boosting is None else self._classes
+        self._start = torch.cat([torch.ones(1), torch.zeros(1 + self._width + self._boosted), answers])
         self._starts: dict[float | None, np.ndarray] = {}
 
     def begin(self, batch_size: int, lam: Lambda) -> Tensor:
@@ -133,10 +134,11 @@ class FusedExits:
             kernels.answer(read, self._weights, self._plans[last], carry.numpy(), self._nobody)
             return carry.narrow(1, self._answers_at[last], self._classes)
         hidden = carry[:, kernels.HIDDEN : start] if self._width else None
+        boosted = carry.narrow(1, start, self._boosted) if self._boosted else None
         sums = None
         if heads.ensemble is not None and last:
-            sums = carry[:, start:].unflatten(1, (-1, self._classes))[:, last - 1 :]
-        return heads.step(last, feature, FoldedCarry(hidden, sums))[0]
+            sums = carry[:, start + self._boosted :].unflatten(1, (-1, self._classes))[:, last - 1 :]
+        return heads.step(last, feature, FoldedCarry(hidden, sums, boosted))[0]
 
 
 def _packed(parts: list[dict[str, Any]]) -> tuple[np.ndarray, dict[int, int]]:
@@ -174,6 +176,7 @@ def _parts(backbone: StagedBackbone, heads: FoldedHeads, policy: LearnedGates, l
         "low": low[order],
         "high": high[order],
         "output": torch.empty(0) if head.out is None else head.out,
+        "share": torch.tensor([0.0 if heads.boosting is None else heads.boosting[l]]),
         "ensemble": heads.ensemble[l] if has_ensemble else torch.empty(0),
         "threshold": torch.tensor([policy.threshold]),
         "gate": gates.weight if gates.is_shared else gates.weight[l],
@@ -185,7 +188,8 @@ def _parts(backbone: StagedBackbone, heads: FoldedHeads, policy: LearnedGates, l
         floats |= dict(zip(network, parts, strict=True))
     else:
         floats |= dict.fromkeys(network, torch.empty(0))
-    answers_at = 2 + (heads.exits[0].width if heads.exits[0].out is not None else 0)
+    boosted_at = 2 + (heads.exits[0].width if heads.exits[0].out is not None else 0)
+    answers_at = boosted_at + (0 if heads.boosting is None else classes)
     return {
         "width": width,
         "classes": classes,
@@ -196,6 +200,7 @@ def _parts(backbone: StagedBackbone, heads: FoldedHeads, policy: LearnedGates, l
         "median": policy.rule == "median",
         "ensemble_size": heads.num_exits - l if has_ensemble else 0,
         "answer_at": answers_at + (l * classes if has_ensemble else 0),
+        "boosted_at": 0 if heads.boosting is None else boosted_at,
         "statistics": [number for name in names for number in (_KINDS[name[:3]], grid_size(name))],
         **{name: tensor.contiguous().float().numpy() for name, tensor in floats.items()},
     }
@@ -208,6 +213,8 @@ def _last_parts(heads: FoldedHeads, parts: list[dict[str, Any]]) -> dict[str, An
     last, classes = heads.num_exits - 1, heads.bias.shape[1]
     start = parts[0]["answer_at"] if parts else 2
     own = {"classes": classes, "ensemble_size": 1, "answer_at": start + last * classes, "statistics": []}
+    if parts and heads.boosting is not None:
+        own |= {"boosted_at": parts[0]["boosted_at"], "share": np.array([heads.boosting[last]], np.float32)}
     return {**dict.fromkeys(kernels.PLAN, 0), **own, "ensemble": heads.ensemble[last].numpy()}
 
 

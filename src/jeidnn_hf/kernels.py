@@ -3,8 +3,8 @@ and who leaves.
 
 The equations are those of `backbones.pooling`, `heads`, `exits` and `gates`, for one sample at a time. Numbers that do
 not change are in one array, ``weights``, and a row of ``plan`` per exit says where; those that a sample takes from exit
-to exit are in its row of ``carry``: remaining mass, scaled log lambda, hidden state (H), and K sums for each answer
-still to come. All are float32 in C order.
+to exit are in its row of ``carry``: remaining mass, scaled log lambda, hidden state (H), boosted logits (K, where exits
+are boosted), and K sums for each answer still to come. All are float32 in C order.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ MIN, CUMULATIVE, STICK = range(3)
 """Gate forms, in the order of ``exits.GATE_FORMS``."""
 
 PLAN = (
-    "width", "classes", "gate_width", "feature", "recurs", "form", "median", "ensemble_size", "answer_at",
-    "weight", "bias", "low", "high", "output", "ensemble", "threshold", "gate", "gate_bias", "first", "of_exit",
-    "of_lam", "second", "second_bias", "last", "statistics",
+    "width", "classes", "gate_width", "feature", "recurs", "form", "median", "ensemble_size", "answer_at", "boosted_at",
+    "weight", "bias", "low", "high", "output", "share", "ensemble", "threshold", "gate", "gate_bias", "first",
+    "of_exit", "of_lam", "second", "second_bias", "last", "statistics",
 )  # fmt: skip
 """Columns of ``plan``: sizes and choices; places in ``weights``; from the last on, kind and grid of each statistic."""
 (
-    WIDTH, CLASSES, GATE_WIDTH, FEATURE, RECURS, FORM, MEDIAN, ENSEMBLE_SIZE, ANSWER_AT,
-    WEIGHT, BIAS, LOW, HIGH, OUTPUT, ENSEMBLE, THRESHOLD, GATE, GATE_BIAS, FIRST, OF_EXIT,
-    OF_LAM, SECOND, SECOND_BIAS, LAST, STATISTICS,
+    WIDTH, CLASSES, GATE_WIDTH, FEATURE, RECURS, FORM, MEDIAN, ENSEMBLE_SIZE, ANSWER_AT, BOOSTED_AT,
+    WEIGHT, BIAS, LOW, HIGH, OUTPUT, SHARE, ENSEMBLE, THRESHOLD, GATE, GATE_BIAS, FIRST,
+    OF_EXIT, OF_LAM, SECOND, SECOND_BIAS, LAST, STATISTICS,
 ) = range(len(PLAN))  # fmt: skip
 REMAINING, LOG_LAM, HIDDEN = range(3)
 """Columns of ``carry``."""
@@ -97,9 +97,10 @@ def _pool(rows, class_token, weights, plan, carry, band, cell, feature):
 def _answer(read, weights, plan, carry):
     """A head behind its product with the feature, ``read (H + K,)``, and what it adds to its ensemble, into ``carry``::
 
-        hidden = relu(read[:H]),    logits = read[H:] + hidden output,    sums[m] += ensemble[m] log softmax(logits)
+        hidden = relu(read[:H]),    boosted = logits = read[H:] + hidden output + share boosted,
+        sums[m] += ensemble[m] log softmax(logits)
 
-    H is 0 for linear heads. Without an ensemble the answer is the logits.
+    H is 0 for linear heads; ``boosted_at`` is 0 where nothing is boosted. Without an ensemble the answer is the logits.
     """
     width, classes = plan[WIDTH], plan[CLASSES]
     output, ensemble = weights[plan[OUTPUT] :], weights[plan[ENSEMBLE] :]
@@ -110,6 +111,11 @@ def _answer(read, weights, plan, carry):
         if value > 0:
             for k in range(classes):
                 logits[k] += value * output[n * classes + k]
+    if plan[BOOSTED_AT] > 0:
+        boosted, share = carry[plan[BOOSTED_AT] :], weights[plan[SHARE]]
+        for k in range(classes):
+            logits[k] += share * boosted[k]
+            boosted[k] = logits[k]
     answer = carry[plan[ANSWER_AT] :]
     if plan[ENSEMBLE_SIZE] == 0:
         answer[:classes] = logits
