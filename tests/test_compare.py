@@ -19,6 +19,7 @@ from jeidnn_hf.compare import JUDGED_BY, curve_path, train_config
 from jeidnn_hf.compare_methods import DEFAULT, METHODS, PAPER, POLICY_CURVES
 from jeidnn_hf.comparison import Curve
 from jeidnn_hf.comparison_report import name_of, summarise, to_markdown
+from jeidnn_hf.configuration_jeidnn import JEIDNNConfig
 from jeidnn_hf.oracle import outcome
 from jeidnn_hf.policies import ConfidenceThreshold, EENetScheduler, LearnedGates
 from jeidnn_hf.run_config import read_run_config
@@ -141,7 +142,10 @@ def test_methods_of_the_same_heads_differ_in_nothing_but_the_method():
         assert runs[f"default-{name}-seed0"]["training"]["im_training"] == trained_by  # the published as published
     assert JEIDNNTrainingArguments("out", report_to="none").im_training == DEFAULT[1]
     assert runs["paper-jeidnn-lam0.1-seed0"]["model"]["lam"] == 0.1
-    assert runs["default-ztw-seed0"]["model"]["cascade"] and runs["default-boosted-seed0"]["model"]["boosting"] == 0.5
+    assert runs["default-ztw-seed0"]["model"]["cascade"]
+    boosting = {name: JEIDNNConfig(**run["model"]).boosting for name, run in runs.items()}
+    boosted = {"paper-boosted-seed0": 0.5, "default-soft_targets-seed0": [0.5, 0.0], "default-boosted-seed0": 0.5}
+    assert {name: shares for name, shares in boosting.items() if shares} == boosted
 
 
 def test_a_method_of_the_file_differs_from_a_known_one_in_what_it_names():

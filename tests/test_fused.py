@@ -58,9 +58,9 @@ CASES = {
     "two statistics": {"gate_statistics": ["entropy", "margin"]},
     "one statistic": {"recipe": "paper", "gate_statistics": ["power_entropy"]},
     "two classes": {"num_labels": 2},
-    "boosted": {"boosting": 0.5},
-    "boosted, trained last head": {"boosting": 0.5, "native_head": False},
-    "boosted, no ensemble": {"boosting": 0.5, "ensemble": False},
+    "not boosted": {"boosting": 0},
+    "boosted everywhere": {"boosting": 0.5},
+    "not boosted, no ensemble": {"boosting": 0, "ensemble": False},
     "boosted, linear": {"recipe": "paper", "boosting": 0.5},
     "9 of 100 classes": {"num_labels": 100, "exit_stages": [1, 3, 8]},
 }

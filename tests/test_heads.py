@@ -264,7 +264,7 @@ reuse = pytest.mark.parametrize(
         {"cascade": True, "ensemble": True, "standardize": True},
         {"boosting": 0.5},
         {"boosting": 0.5, "cascade": True},
-        {"boosting": 0.5, "ensemble": True, "standardize": True},
+        {"boosting": [0.5, 0.0], "ensemble": True, "standardize": True},
     ],
     ids=["cascade", "ztw", "boosted", "boosted cascade", "boosted ensemble"],
 )
@@ -286,8 +286,17 @@ def test_boosted_answers_by_hand(native):
     close(answers[:, 2], own[:, 2] + own[:, 1] / 2 + own[:, 0] / 4)
     close(answers[:, 3], own[:, 3] + own[:, 2] / 2 + own[:, 1] / 4 + own[:, 0] / 8)
     close(own[:, 1], features[1] @ heads.modules_by_exit[1].weight.T + heads.modules_by_exit[1].bias)
-    heads.boosting = 0.0
+    heads.boosting = [0.0] * 4
     assert torch.equal(heads(features), own)
+
+
+@natives
+def test_a_share_that_falls_from_exit_to_exit(native):
+    heads, features = heads_of("linear", native=native, boosting=[0.6, 0.0]), features_of(native)
+    own, answers = heads.members(features), heads(features)
+    close(answers[:, 1], own[:, 1] + 0.4 * own[:, 0])
+    close(answers[:, 2], own[:, 2] + 0.2 * answers[:, 1])
+    close(answers[:, 3], own[:, 3])
 
 
 @natives
@@ -295,10 +304,11 @@ def test_an_ensemble_combines_boosted_answers(native):
     heads, features = heads_of("linear", ensemble=True, native=native, boosting=0.5), features_of(native)
     own, T, w, b = heads.members(features), *(arrays_of(heads.ensemble)[k] for k in ("temperature", "weight", "bias"))
     boosted = [own[:, 0], own[:, 1] + own[:, 0] / 2, own[:, 2] + own[:, 1] / 2 + own[:, 0] / 4]
+    boosted.append(own[:, 3] + boosted[2] / 2)
     log_probs = [log_softmax(f.detach().numpy() / T[j], axis=-1) for j, f in enumerate(boosted)]
-    for l in range(3):
+    for l in range(4):
         close(heads(features)[:, l], sum(w[l, j] * log_probs[j] for j in range(l + 1)) + b[l])
-    close(heads.boosted(own)[:, :3], torch.stack(boosted, dim=1))
+    close(heads.boosted(own), torch.stack(boosted, dim=1))
 
 
 @pytest.mark.parametrize("options", [{"cascade": True}, {"boosting": 0.5}], ids=["cascade", "boosted"])
@@ -336,13 +346,14 @@ def test_links_are_trained_with_their_heads():
 
 @natives
 def test_mul_adds_of_earlier_answers(native):
-    """A link: K inputs more to a linear layer, and a LayerNorm of 5 K; boosting: K, after the first exit."""
-    choices = {}, {"cascade": True}, {"boosting": 0.5}
-    plain, cascade, boosted = (heads_of("linear", native=native, **options) for options in choices)
+    """A link: K inputs more to a linear layer, and a LayerNorm of 5 K; boosting: K, where a share is added."""
+    choices = {}, {"cascade": True}, {"boosting": 0.5}, {"boosting": [0.5, 0]}
+    plain, cascade, boosted, falling = (heads_of("linear", native=native, **options) for options in choices)
     linked = [0, 1, 1, 0 if native else 1]
     for l in range(4):
         assert cascade.mul_adds(l) - plain.mul_adds(l) == linked[l] * (CLASSES**2 + 5 * CLASSES)
         assert boosted.mul_adds(l) - plain.mul_adds(l) == (CLASSES if l else 0)
+        assert falling.mul_adds(l) - plain.mul_adds(l) == (CLASSES if l in (1, 2) else 0)
 
 
 def test_what_is_not_read_is_not_carried():

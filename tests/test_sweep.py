@@ -88,16 +88,13 @@ CASES = {
         [Member(lam, 1, 0.01) for lam in (0.2, 1.0)],
         {"boosting": 0.5}, {"im_training": "boosted", "gates_on": "validation"},
     ),
-    "default, boosted": (
-        [Member(lam, 1, 0.01) for lam in (0.2, 1.0)], {"recipe": "default", "boosting": 0.5}, {"recipe": "default"},
-    ),
     "default": (
         [Member(lam, seed, 0.01) for lam in (0.2, 1.0) for seed in (0, 1)], {"recipe": "default"},
         {"recipe": "default"},
     ),
     "plain, one cycle": (
-        [Member(lam, seed, 0.01) for lam in (0.2, 1.0) for seed in (0, 1)], {"recipe": "default"},
-        {"recipe": "default", "im_training": "plain"},
+        [Member(lam, seed, 0.01) for lam in (0.2, 1.0) for seed in (0, 1)],
+        {"recipe": "default", "boosting": 0}, {"recipe": "default", "im_training": "plain"},
     ),
     "default, a range": (
         [Member(None, seed, 0.01) for seed in (0, 1)], {"recipe": "default"}, {"recipe": "default"},

@@ -38,21 +38,23 @@ _BY_COST = {
     "metric_for_best_model": "cost", "greater_is_better": False, "early_stopping_patience": 5, "save_total_limit": 1,
 }  # fmt: skip
 _JOINT = {"gates_on": "train", **_BY_COST}
-_PAPERS_GATES = {"gate": "linear", "gate_form": "min", "task_cost": "cross_entropy"}
+_ALONE = {"boosting": 0.0}  # trained as if every exit answered alone
+_PAPERS_GATES = {**_ALONE, "gate": "linear", "gate_form": "min", "task_cost": "cross_entropy"}
 
 METHODS: dict[str, Method] = {
     "plain": Method(
         ("gates", "threshold", "threshold-entropy", "threshold-margin", "quota", "patience", "eenet", "random"),
-        training={"im_training": "plain", **_AFTERWARDS},
+        _ALONE,
+        {"im_training": "plain", **_AFTERWARDS},
     ),
     "soft_targets": Method(("gates", "threshold"), training={"im_training": "soft_targets", **_AFTERWARDS}),
     "boosted": Method(
         ("quota", "gates"), {"boosting": 0.5, "ensemble": False}, {"im_training": "boosted", **_AFTERWARDS}
     ),
-    "l2w_den": Method(("quota", "gates"), training={"im_training": "l2w_den", **_AFTERWARDS}),
-    "imta": Method(("quota", "gates"), training={"im_training": "imta", **_AFTERWARDS}),
+    "l2w_den": Method(("quota", "gates"), _ALONE, {"im_training": "l2w_den", **_AFTERWARDS}),
+    "imta": Method(("quota", "gates"), _ALONE, {"im_training": "imta", **_AFTERWARDS}),
     "ztw": Method(
-        ("threshold", "gates"), {"cascade": True, "ensemble": True}, {"im_training": "plain", **_AFTERWARDS}
+        ("threshold", "gates"), {**_ALONE, "cascade": True, "ensemble": True}, {"im_training": "plain", **_AFTERWARDS}
     ),
     "diffbranch": Method(
         ("own",), {**_PAPERS_GATES, "gate_form": "stick"}, {"im_training": "diffbranch", **_JOINT}, per_lambda=True
@@ -60,7 +62,7 @@ METHODS: dict[str, Method] = {
     "jeidnn": Method(("own",), _PAPERS_GATES, {"im_training": "jeidnn", **_JOINT}, per_lambda=True),
     "jeidnn-any": Method(
         ("own", "gates"),
-        {"gate": "shared", "gate_form": "cumulative", "exit_rule": "median", "lam": list(LAMBDAS)},
+        {**_ALONE, "gate": "shared", "gate_form": "cumulative", "exit_rule": "median", "lam": list(LAMBDAS)},
         {"im_training": "jeidnn", **_JOINT, "gate_objective": "surrogate"},
     ),
 }  # fmt: skip

@@ -5,7 +5,7 @@ Where the backbone keeps its native classifier, the last exit's feature is alrea
 
 IMs of every kind can reuse what the exits before answered, by ``cascade`` and ``ensemble`` (together the whole of Zero
 Time Waste, Wolczyk et al., NeurIPS 2021, whose IMs are trained plainly) or by ``boosting`` (BoostedNet, Yu et al., AAAI
-2023). With o^l for the own logits of exit l and ``F^l = o^l + boosting F^{l-1}``, or F^l = o^l without boosting, the
+2023). With o^l for the own logits of exit l and ``F^l = o^l + a_l F^{l-1}``, or F^l = o^l without boosting, the
 network answers with F^l or with the ensemble of F^1 to F^l.
 """
 
@@ -162,8 +162,9 @@ class ExitHeads(nn.Module):
         ensemble: combine the exits so far; fitted after the IMs, on held-out data.
         standardize: standardise the features first (``set_feature_statistics``).
         cascade: every trained exit but the first reads ``[z_l, LayerNorm(o^{l-1})]``. No gradient goes back that way.
-        boosting: the share of F^{l-1} that exit l adds to its own logits, 0.5 published. It is detached: an exit learns
-            what the ones before leave over. None: nothing is added.
+        boosting: the share a_l of F^{l-1} that an exit adds to its own logits, 0.5 published, or that of the first exit
+            and that of the last, with a straight line between. F^{l-1} is detached: an exit learns what the ones before
+            leave over.
     """
 
     def __init__(
@@ -176,12 +177,14 @@ class ExitHeads(nn.Module):
         ensemble: bool = False,
         standardize: bool = False,
         cascade: bool = False,
-        boosting: float | None = None,
+        boosting: float | Sequence[float] = 0.0,
     ):
         super().__init__()
         trained = list(exit_dims[:-1] if native_head else exit_dims)
         self.num_exits, self.num_labels, self.native_head = len(exit_dims), num_labels, native_head
-        self.boosting = boosting
+        first, last = boosting if isinstance(boosting, Sequence) else (boosting, boosting)
+        shares = [first + (last - first) * l / max(1, len(exit_dims) - 1) for l in range(len(exit_dims))]
+        self.boosting = [0.0, *shares[1:]]
         self.norms = nn.ModuleList(Standardize(d) for d in trained) if standardize else None
         self.links = nn.ModuleList(nn.LayerNorm(num_labels) for _ in trained[1:]) if cascade else None
         read = [d + num_labels if cascade and l else d for l, d in enumerate(trained)]
@@ -192,7 +195,7 @@ class ExitHeads(nn.Module):
     def remembers(self) -> bool:
         """Whether later exits read what this one computes."""
         is_recurrent = any(isinstance(head, RecurrentHead) for head in self.modules_by_exit)
-        return is_recurrent or any(part is not None for part in (self.ensemble, self.links, self.boosting))
+        return is_recurrent or any(self.boosting) or any(part is not None for part in (self.ensemble, self.links))
 
     def step(self, l: int, z: Tensor, carry: Carry | None = None, answer: bool = True) -> tuple[Tensor, Carry]:
         """Exit l (0-based): feature ``(B, d_l)`` and carry to logits ``(B, K)`` and the next carry.
@@ -203,8 +206,8 @@ class ExitHeads(nn.Module):
         logits, hidden = self._member(l, z, carry.hidden, carry.own)
         own = None if self.links is None else logits
         boosted = None
-        if self.boosting is not None:
-            logits = boosted = self._boosted(logits, carry.boosted)
+        if any(self.boosting):
+            logits = boosted = self._boosted(l, logits, carry.boosted)
         if self.ensemble is None:
             return logits, Carry(hidden, own=own, boosted=boosted)
         log_probs = self.ensemble.log_probs(l, logits)[:, None]
@@ -223,11 +226,11 @@ class ExitHeads(nn.Module):
 
     def boosted(self, members: Tensor) -> Tensor:
         """The exits' own logits to F^l, ``(B, L, K)`` each: themselves without boosting."""
-        if self.boosting is None:
+        if not any(self.boosting):
             return members
         boosted = []
         for own in members.unbind(1):
-            boosted.append(self._boosted(own, boosted[-1] if boosted else None))
+            boosted.append(self._boosted(len(boosted), own, boosted[-1] if boosted else None))
         return torch.stack(boosted, dim=1)
 
     def answers(self, members: Tensor) -> Tensor:
@@ -254,7 +257,7 @@ class ExitHeads(nn.Module):
         count = 0
         if self.ensemble is not None:
             count += self.ensemble.mul_adds(l) if answer else self.num_labels
-        count += self.num_labels if self.boosting is not None and l else 0
+        count += self.num_labels if self.boosting[l] else 0
         if l < len(self.modules_by_exit):
             count += self.modules_by_exit[l].mul_adds
             count += len(self.norms[l].mean) if self.norms is not None else 0
@@ -281,9 +284,9 @@ class ExitHeads(nn.Module):
             z = torch.cat([z, self.links[l - 1](previous.detach())], dim=-1)
         return self.modules_by_exit[l](z, hidden)
 
-    def _boosted(self, own: Tensor, before: Tensor | None) -> Tensor:
-        """F^l of o^l and F^{l-1}, which is None, for 0, at the first exit."""
-        return own if before is None else own + self.boosting * before.detach()
+    def _boosted(self, l: int, own: Tensor, before: Tensor | None) -> Tensor:
+        """F^l of o^l and F^{l-1}."""
+        return own + self.boosting[l] * before.detach() if self.boosting[l] else own
 
 
 def _head(kind: str, dim: int, num_labels: int, head_dim: int, is_first: bool) -> nn.Module:

@@ -36,7 +36,7 @@ def test_the_whole_method(tmp_path):
 
 
 def test_it_goes_on_top_of_the_default_recipes_heads(tmp_path):
-    model = toy_model(recipe="default", cascade=True, standardize_features=False, lam=[0.1, 1.0])
+    model = toy_model(recipe="default", cascade=True, boosting=0, standardize_features=False, lam=[0.1, 1.0])
     trainer = toy_trainer(model, tmp_path)
     assert model.heads.modules_by_exit[1].hidden is not None
     trainer.train()

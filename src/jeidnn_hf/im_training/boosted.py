@@ -25,9 +25,9 @@ class Boosted(Plain):
 
     @classmethod
     def check(cls, config) -> None:
-        if config.boosting is None:
+        if not config.is_boosted:
             raise ValueError(
-                "Expected a model with boosting for im_training='boosted', but got boosting=None; "
+                f"Expected a model with boosting for im_training='boosted', but got boosting={config.boosting!r}; "
                 "build it with boosting=0.5."
             )
 
