@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 
 import pytest
 
@@ -136,10 +135,10 @@ def test_a_newer_format_is_refused(tmp_path, version):
             r"^Expected num_labels of at least 1, but got 0\.$",
         ),
         *(
-            ({"boosting": value}, rf"^Expected boosting in \[0, 1\], or two.*, but got {re.escape(repr(value))}\.$")
-            for value in (-0.1, 1.5, math.nan, "0.5", [0.5], [0.5, 0.2, 0.1], [0.5, 2], [])
+            ({"boosting": value}, rf"^Expected boosting in \[0, 1\], or 'auto', but got {value!r}\.$")
+            for value in (-0.1, 1.5, math.nan, "0.5")
         ),
-        ({"boosting": True}, r"^Expected boosting to be float \| list\[float\] \| None, but got True\.$"),
+        ({"boosting": True}, r"^Expected boosting to be float \| str \| None, but got True\.$"),
         ({"cascade": 1}, r"^Expected cascade to be bool, but got 1\.$"),
         (
             {"problem_type": "regression", "recipe": "paper", "num_labels": 1, "cascade": True},

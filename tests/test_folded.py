@@ -29,7 +29,7 @@ def shaken(module):
 @pytest.mark.parametrize("native_head", [True, False])
 @pytest.mark.parametrize("ensemble", [True, False])
 @pytest.mark.parametrize("standardize", [True, False])
-@pytest.mark.parametrize("boosting", [0.0, 0.5, [0.6, 0.0]])
+@pytest.mark.parametrize("boosting", [0.0, 0.5])
 @pytest.mark.parametrize("kind", ["linear", "mlp", "recurrent"])
 @torch.no_grad()
 def test_folded_heads_answer_the_same(kind, boosting, standardize, ensemble, native_head):
@@ -41,7 +41,7 @@ def test_folded_heads_answer_the_same(kind, boosting, standardize, ensemble, nat
         expected, carry = heads.step(l, z, carry)
         given, folded_carry = folded.step(l, z, folded_carry)
         torch.testing.assert_close(given, expected, rtol=1e-5, atol=2e-5)
-    assert folded.remembers == heads.remembers == (ensemble or kind == "recurrent" or boosting != 0)
+    assert folded.remembers == heads.remembers == (ensemble or kind == "recurrent" or boosting > 0)
 
 
 @pytest.mark.parametrize("lam", [0.3, torch.tensor([0.01, 0.3, 2.0])], ids=["one lambda", "one per image"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jeidnn_hf.backbones.staged import select
 from jeidnn_hf.gates import LinearGates
-from jeidnn_hf.heads import HEADS, Carry, ExitHeads, RecurrentHead
+from jeidnn_hf.heads import HEADS, Carry, ExitHeads, RecurrentHead, boosting_of
 
 DIMS, CLASSES, HIDDEN, SAMPLES = (5, 7, 6), 4, 8, 9
 kinds = pytest.mark.parametrize("kind", HEADS)
@@ -264,7 +264,7 @@ reuse = pytest.mark.parametrize(
         {"cascade": True, "ensemble": True, "standardize": True},
         {"boosting": 0.5},
         {"boosting": 0.5, "cascade": True},
-        {"boosting": [0.5, 0.0], "ensemble": True, "standardize": True},
+        {"boosting": 0.5, "ensemble": True, "standardize": True},
     ],
     ids=["cascade", "ztw", "boosted", "boosted cascade", "boosted ensemble"],
 )
@@ -286,17 +286,13 @@ def test_boosted_answers_by_hand(native):
     close(answers[:, 2], own[:, 2] + own[:, 1] / 2 + own[:, 0] / 4)
     close(answers[:, 3], own[:, 3] + own[:, 2] / 2 + own[:, 1] / 4 + own[:, 0] / 8)
     close(own[:, 1], features[1] @ heads.modules_by_exit[1].weight.T + heads.modules_by_exit[1].bias)
-    heads.boosting = [0.0] * 4
+    heads.boosting = 0.0
     assert torch.equal(heads(features), own)
 
 
-@natives
-def test_a_share_that_falls_from_exit_to_exit(native):
-    heads, features = heads_of("linear", native=native, boosting=[0.6, 0.0]), features_of(native)
-    own, answers = heads.members(features), heads(features)
-    close(answers[:, 1], own[:, 1] + 0.4 * own[:, 0])
-    close(answers[:, 2], own[:, 2] + 0.2 * answers[:, 1])
-    close(answers[:, 3], own[:, 3])
+def test_the_default_share_is_a_half_a_16th_of_the_network_apart():
+    assert [boosting_of(exits) for exits in (27, 16, 8, 4)] == [0.5, 0.5, 0.25, 0.0625]
+    assert boosting_of(12) == pytest.approx(0.397, abs=1e-3)
 
 
 @natives
@@ -304,7 +300,7 @@ def test_an_ensemble_combines_boosted_answers(native):
     heads, features = heads_of("linear", ensemble=True, native=native, boosting=0.5), features_of(native)
     own, T, w, b = heads.members(features), *(arrays_of(heads.ensemble)[k] for k in ("temperature", "weight", "bias"))
     boosted = [own[:, 0], own[:, 1] + own[:, 0] / 2, own[:, 2] + own[:, 1] / 2 + own[:, 0] / 4]
-    boosted.append(own[:, 3] + boosted[2] / 2)
+    boosted.append(own[:, 3] if native else own[:, 3] + boosted[2] / 2)  # the ensemble adds to the native classifier
     log_probs = [log_softmax(f.detach().numpy() / T[j], axis=-1) for j, f in enumerate(boosted)]
     for l in range(4):
         close(heads(features)[:, l], sum(w[l, j] * log_probs[j] for j in range(l + 1)) + b[l])
@@ -346,14 +342,16 @@ def test_links_are_trained_with_their_heads():
 
 @natives
 def test_mul_adds_of_earlier_answers(native):
-    """A link: K inputs more to a linear layer, and a LayerNorm of 5 K; boosting: K, where a share is added."""
-    choices = {}, {"cascade": True}, {"boosting": 0.5}, {"boosting": [0.5, 0]}
-    plain, cascade, boosted, falling = (heads_of("linear", native=native, **options) for options in choices)
+    """A link: K inputs more to a linear layer, and a LayerNorm of 5 K; boosting: K, after the first exit, and with an
+    ensemble at trained exits alone."""
+    both = {"ensemble": True}, {"ensemble": True, "boosting": 0.5}
+    choices = {}, {"cascade": True}, {"boosting": 0.5}, *both
+    plain, cascade, boosted, ensemble, of_boosted = (heads_of("linear", native=native, **how) for how in choices)
     linked = [0, 1, 1, 0 if native else 1]
     for l in range(4):
         assert cascade.mul_adds(l) - plain.mul_adds(l) == linked[l] * (CLASSES**2 + 5 * CLASSES)
         assert boosted.mul_adds(l) - plain.mul_adds(l) == (CLASSES if l else 0)
-        assert falling.mul_adds(l) - plain.mul_adds(l) == (CLASSES if l in (1, 2) else 0)
+        assert of_boosted.mul_adds(l) - ensemble.mul_adds(l) == (CLASSES if l in (1, 2) or l == 3 and not native else 0)
 
 
 def test_what_is_not_read_is_not_carried():

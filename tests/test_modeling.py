@@ -161,7 +161,7 @@ def test_every_exit_evaluated(case):
     assert torch.equal(full.logits, full.all_logits[rows, full.exit_index])
     torch.testing.assert_close(full.exit_distribution.sum(1), torch.ones(96))
     assert full.logits.std(0).min() > 1e-3  # the images differ
-    if model.config.native_head and model.heads.ensemble is None and not model.config.is_boosted:
+    if model.config.native_head and model.heads.ensemble is None and not model.config.boosting:
         torch.testing.assert_close(full.all_logits[:, -1], model.backbone.model(pictures()), atol=1e-5, rtol=1e-5)
 
 

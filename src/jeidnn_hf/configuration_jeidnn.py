@@ -37,7 +37,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "exit_pooling": "rich",
         "exit_head": "recurrent",
         "ensemble": True,
-        "boosting": [0.5, 0.0],
+        "boosting": "auto",
         "standardize_features": True,
         "gate": "shared",
         "gate_form": "stick",
@@ -72,8 +72,8 @@ class JEIDNNConfig(PreTrainedConfig):
         ensemble: answer with the learned geometric ensemble of the exits so far.
         cascade: each IM also reads what the one before answered; with an ensemble that is Zero Time Waste, see `heads`.
         boosting: in [0, 1]: every exit adds this share of the one before to its own logits (0.5 in BoostedNet), before
-            any ensemble; or `[at the first exit, at the last]`, with a straight line between. Above 0 it wants
-            `im_training="soft_targets"` or `"boosted"`.
+            any ensemble; above 0 it wants `im_training="soft_targets"` or `"boosted"`. `"auto"`: what
+            `heads.boosting_of` makes of the number of exits; the model fills it in.
         standardize_features: standardise exit features by the training set's mean and deviation.
         policy: who leaves where, one of `policies.POLICIES`; `gates`, or one fitted to a budget, see `set_policy`.
         policy_options: what such a policy was built with.
@@ -113,7 +113,7 @@ class JEIDNNConfig(PreTrainedConfig):
     head_dim: int = 128
     ensemble: bool | None = None
     cascade: bool = False
-    boosting: float | list[float] | None = None
+    boosting: float | str | None = None
     standardize_features: bool | None = None
     policy: str = "gates"
     policy_options: dict | None = None
@@ -178,9 +178,8 @@ class JEIDNNConfig(PreTrainedConfig):
                 f"Expected ensemble=False for problem_type={self.problem_type!r}, but got ensemble={self.ensemble!r}; "
                 "it combines log-probabilities of classes."
             )
-        shares = self.boosting if isinstance(self.boosting, list) else [self.boosting] * 2
-        if len(shares) != 2 or not all(isinstance(share, Real) and 0 <= share <= 1 for share in shares):
-            raise ValueError(f"Expected boosting in [0, 1], or two such numbers, but got {self.boosting!r}.")
+        if self.boosting != "auto" and not (isinstance(self.boosting, Real) and 0 <= self.boosting <= 1):
+            raise ValueError(f"Expected boosting in [0, 1], or 'auto', but got {self.boosting!r}.")
         if self.cascade and self.num_labels < 2:
             raise ValueError("Expected cascade=False for num_labels=1, but got cascade=True; it normalises the logits.")
         _check_one_of("exit_head", self.exit_head, HEADS)
@@ -232,11 +231,6 @@ class JEIDNNConfig(PreTrainedConfig):
     def backbone_is_local(self) -> bool:
         """Whether the frozen weights are a file of this machine, which no other can rebuild from its name."""
         return self.backbone_weights not in (None, HUB_WEIGHTS, PIP_WEIGHTS_NAME, STORED_WEIGHTS)
-
-    @property
-    def is_boosted(self) -> bool:
-        """Whether exits add to their logits those of the exit before."""
-        return self.boosting not in (0, [0, 0])
 
     @property
     def has_lam_range(self) -> bool:

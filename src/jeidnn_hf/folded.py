@@ -58,7 +58,7 @@ class FoldedHeads:
     """`ExitHeads` without links.
 
     The standardisation is folded into the weights that read it; the temperature into those that write, and into the
-    share that is boosted, ``F^l / T_l = o^l / T_l + (a_l T_{l-1} / T_l) F^{l-1} / T_{l-1}``; the two products with
+    share that is boosted, ``F^l / T_l = o^l / T_l + (boosting T_{l-1} / T_l) F^{l-1} / T_{l-1}``; the two products with
     a recurrent head's feature are one. With w the ensemble's weights, exit l adds ``w_ml log p^l`` to the logits of
     every exit m >= l as soon as it is known, so that no exit has to be remembered by itself.
     """
@@ -69,9 +69,10 @@ class FoldedHeads:
         with torch.no_grad():
             self.exits = [self._folded(heads, l) for l in range(len(heads.modules_by_exit))]
             self.ensemble, self.boosting = None, None
-            if any(heads.boosting):
+            if heads.boosting:
                 T = torch.ones(self.num_exits) if heads.ensemble is None else heads.ensemble.temperature
-                self.boosting = (torch.tensor(heads.boosting) * T.roll(1).double() / T.double()).tolist()
+                shares = (heads.boosting * T.roll(1).double() / T.double()).tolist()
+                self.boosting = [share if heads.is_boosted(l) else 0.0 for l, share in enumerate(shares)]
             if heads.ensemble is not None:
                 weight = heads.ensemble.weight.detach().clone()
                 self.ensemble = [weight[l:, l, None].contiguous() for l in range(self.num_exits)]

@@ -5,8 +5,9 @@ Where the backbone keeps its native classifier, the last exit's feature is alrea
 
 IMs of every kind can reuse what the exits before answered, by ``cascade`` and ``ensemble`` (together the whole of Zero
 Time Waste, Wolczyk et al., NeurIPS 2021, whose IMs are trained plainly) or by ``boosting`` (BoostedNet, Yu et al., AAAI
-2023). With o^l for the own logits of exit l and ``F^l = o^l + a_l F^{l-1}``, or F^l = o^l without boosting, the
-network answers with F^l or with the ensemble of F^1 to F^l.
+2023). With o^l for the own logits of exit l and ``F^l = o^l + boosting F^{l-1}``, or F^l = o^l without boosting, the
+network answers with F^l or with the ensemble of F^1 to F^l. The native classifier, which learned to answer alone and
+learns nothing more, is boosted only where no ensemble adds the answers before it, at weights of its own.
 """
 
 from __future__ import annotations
@@ -162,9 +163,8 @@ class ExitHeads(nn.Module):
         ensemble: combine the exits so far; fitted after the IMs, on held-out data.
         standardize: standardise the features first (``set_feature_statistics``).
         cascade: every trained exit but the first reads ``[z_l, LayerNorm(o^{l-1})]``. No gradient goes back that way.
-        boosting: the share a_l of F^{l-1} that an exit adds to its own logits, 0.5 published, or that of the first exit
-            and that of the last, with a straight line between. F^{l-1} is detached: an exit learns what the ones before
-            leave over.
+        boosting: the share of F^{l-1} that exit l adds to its own logits, 0.5 published. It is detached: an exit learns
+            what the ones before leave over.
     """
 
     def __init__(
@@ -177,14 +177,12 @@ class ExitHeads(nn.Module):
         ensemble: bool = False,
         standardize: bool = False,
         cascade: bool = False,
-        boosting: float | Sequence[float] = 0.0,
+        boosting: float = 0.0,
     ):
         super().__init__()
         trained = list(exit_dims[:-1] if native_head else exit_dims)
         self.num_exits, self.num_labels, self.native_head = len(exit_dims), num_labels, native_head
-        first, last = boosting if isinstance(boosting, Sequence) else (boosting, boosting)
-        shares = [first + (last - first) * l / max(1, len(exit_dims) - 1) for l in range(len(exit_dims))]
-        self.boosting = [0.0, *shares[1:]]
+        self.boosting = boosting
         self.norms = nn.ModuleList(Standardize(d) for d in trained) if standardize else None
         self.links = nn.ModuleList(nn.LayerNorm(num_labels) for _ in trained[1:]) if cascade else None
         read = [d + num_labels if cascade and l else d for l, d in enumerate(trained)]
@@ -195,7 +193,12 @@ class ExitHeads(nn.Module):
     def remembers(self) -> bool:
         """Whether later exits read what this one computes."""
         is_recurrent = any(isinstance(head, RecurrentHead) for head in self.modules_by_exit)
-        return is_recurrent or any(self.boosting) or any(part is not None for part in (self.ensemble, self.links))
+        return is_recurrent or self.boosting > 0 or any(part is not None for part in (self.ensemble, self.links))
+
+    def is_boosted(self, l: int) -> bool:
+        """Whether F^l is more than o^l."""
+        is_trained = l < len(self.modules_by_exit)
+        return self.boosting > 0 and l > 0 and (is_trained or self.ensemble is None)
 
     def step(self, l: int, z: Tensor, carry: Carry | None = None, answer: bool = True) -> tuple[Tensor, Carry]:
         """Exit l (0-based): feature ``(B, d_l)`` and carry to logits ``(B, K)`` and the next carry.
@@ -206,7 +209,7 @@ class ExitHeads(nn.Module):
         logits, hidden = self._member(l, z, carry.hidden, carry.own)
         own = None if self.links is None else logits
         boosted = None
-        if any(self.boosting):
+        if self.boosting:
             logits = boosted = self._boosted(l, logits, carry.boosted)
         if self.ensemble is None:
             return logits, Carry(hidden, own=own, boosted=boosted)
@@ -226,7 +229,7 @@ class ExitHeads(nn.Module):
 
     def boosted(self, members: Tensor) -> Tensor:
         """The exits' own logits to F^l, ``(B, L, K)`` each: themselves without boosting."""
-        if not any(self.boosting):
+        if not self.boosting:
             return members
         boosted = []
         for own in members.unbind(1):
@@ -257,7 +260,7 @@ class ExitHeads(nn.Module):
         count = 0
         if self.ensemble is not None:
             count += self.ensemble.mul_adds(l) if answer else self.num_labels
-        count += self.num_labels if self.boosting[l] else 0
+        count += self.num_labels if self.is_boosted(l) else 0
         if l < len(self.modules_by_exit):
             count += self.modules_by_exit[l].mul_adds
             count += len(self.norms[l].mean) if self.norms is not None else 0
@@ -286,7 +289,13 @@ class ExitHeads(nn.Module):
 
     def _boosted(self, l: int, own: Tensor, before: Tensor | None) -> Tensor:
         """F^l of o^l and F^{l-1}."""
-        return own + self.boosting[l] * before.detach() if self.boosting[l] else own
+        return own + self.boosting * before.detach() if self.is_boosted(l) else own
+
+
+def boosting_of(num_exits: int) -> float:
+    """The default recipe's share: 0.5 between neighbours a 16th of the network apart, or closer; ``0.5 ** (16 / L)``
+    where fewer exits lie further apart, and have less in common."""
+    return 0.5 ** max(1.0, 16 / num_exits)
 
 
 def _head(kind: str, dim: int, num_labels: int, head_dim: int, is_first: bool) -> nn.Module:

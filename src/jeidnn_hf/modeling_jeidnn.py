@@ -18,7 +18,7 @@ from .early_exit import Exits, PreparedExits, early_exit
 from .exits import STATISTICS
 from .fused import FusedExits
 from .gates import ExitPolicy, build_gates
-from .heads import ExitHeads
+from .heads import ExitHeads, boosting_of
 from .latency import exit_latency
 from .objectives import PROBLEM_COSTS, expected_cost, task_cost, total_cost
 from .policies import POLICIES, LearnedGates, check_active_exits, policy_class
@@ -89,6 +89,8 @@ class JEIDNNForImageClassification(CalibratedMixin, StoredModel):
         config.exit_stages = list(self.backbone.exit_stages)
         config.exit_pooling = [list(names) for names in self.backbone.exit_pooling]
         num_exits = self.backbone.num_exits
+        if config.boosting == "auto":
+            config.boosting = boosting_of(num_exits)
         self.heads = ExitHeads(
             self.backbone.exit_dims,
             config.num_labels,

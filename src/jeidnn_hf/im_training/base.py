@@ -52,7 +52,7 @@ class IMTraining(nn.Module):
     @classmethod
     def check(cls, config: JEIDNNConfig) -> None:
         """A ValueError where a model of this config cannot be trained so: by default, one whose exits are boosted."""
-        if config.is_boosted:
+        if config.boosting:
             raise ValueError(
                 f"Expected im_training='boosted' or 'soft_targets' for boosting={config.boosting!r}, but got "
                 f"{cls.__name__}, which trains every IM as if it answered alone; or build it with boosting=0."

@@ -25,7 +25,7 @@ class Boosted(Plain):
 
     @classmethod
     def check(cls, config) -> None:
-        if not config.is_boosted:
+        if not config.boosting:
             raise ValueError(
                 f"Expected a model with boosting for im_training='boosted', but got boosting={config.boosting!r}; "
                 "build it with boosting=0.5."
