@@ -300,7 +300,7 @@ def test_an_ensemble_combines_boosted_answers(native):
     heads, features = heads_of("linear", ensemble=True, native=native, boosting=0.5), features_of(native)
     own, T, w, b = heads.members(features), *(arrays_of(heads.ensemble)[k] for k in ("temperature", "weight", "bias"))
     boosted = [own[:, 0], own[:, 1] + own[:, 0] / 2, own[:, 2] + own[:, 1] / 2 + own[:, 0] / 4]
-    boosted.append(own[:, 3] if native else own[:, 3] + boosted[2] / 2)  # the ensemble adds to the native classifier
+    boosted.append(own[:, 3] + boosted[2] / 2)
     log_probs = [log_softmax(f.detach().numpy() / T[j], axis=-1) for j, f in enumerate(boosted)]
     for l in range(4):
         close(heads(features)[:, l], sum(w[l, j] * log_probs[j] for j in range(l + 1)) + b[l])
@@ -342,16 +342,13 @@ def test_links_are_trained_with_their_heads():
 
 @natives
 def test_mul_adds_of_earlier_answers(native):
-    """A link: K inputs more to a linear layer, and a LayerNorm of 5 K; boosting: K, after the first exit, and with an
-    ensemble at trained exits alone."""
-    both = {"ensemble": True}, {"ensemble": True, "boosting": 0.5}
-    choices = {}, {"cascade": True}, {"boosting": 0.5}, *both
-    plain, cascade, boosted, ensemble, of_boosted = (heads_of("linear", native=native, **how) for how in choices)
+    """A link: K inputs more to a linear layer, and a LayerNorm of 5 K; boosting: K, after the first exit."""
+    choices = {}, {"cascade": True}, {"boosting": 0.5}
+    plain, cascade, boosted = (heads_of("linear", native=native, **options) for options in choices)
     linked = [0, 1, 1, 0 if native else 1]
     for l in range(4):
         assert cascade.mul_adds(l) - plain.mul_adds(l) == linked[l] * (CLASSES**2 + 5 * CLASSES)
         assert boosted.mul_adds(l) - plain.mul_adds(l) == (CLASSES if l else 0)
-        assert of_boosted.mul_adds(l) - ensemble.mul_adds(l) == (CLASSES if l in (1, 2) or l == 3 and not native else 0)
 
 
 def test_what_is_not_read_is_not_carried():

@@ -71,8 +71,7 @@ class FoldedHeads:
             self.ensemble, self.boosting = None, None
             if heads.boosting:
                 T = torch.ones(self.num_exits) if heads.ensemble is None else heads.ensemble.temperature
-                shares = (heads.boosting * T.roll(1).double() / T.double()).tolist()
-                self.boosting = [share if heads.is_boosted(l) else 0.0 for l, share in enumerate(shares)]
+                self.boosting = [0.0, *(heads.boosting * T[:-1].double() / T[1:].double()).tolist()]
             if heads.ensemble is not None:
                 weight = heads.ensemble.weight.detach().clone()
                 self.ensemble = [weight[l:, l, None].contiguous() for l in range(self.num_exits)]

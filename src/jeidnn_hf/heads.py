@@ -6,8 +6,7 @@ Where the backbone keeps its native classifier, the last exit's feature is alrea
 IMs of every kind can reuse what the exits before answered, by ``cascade`` and ``ensemble`` (together the whole of Zero
 Time Waste, Wolczyk et al., NeurIPS 2021, whose IMs are trained plainly) or by ``boosting`` (BoostedNet, Yu et al., AAAI
 2023). With o^l for the own logits of exit l and ``F^l = o^l + boosting F^{l-1}``, or F^l = o^l without boosting, the
-network answers with F^l or with the ensemble of F^1 to F^l. The native classifier, which learned to answer alone and
-learns nothing more, is boosted only where no ensemble adds the answers before it, at weights of its own.
+network answers with F^l or with the ensemble of F^1 to F^l.
 """
 
 from __future__ import annotations
@@ -195,11 +194,6 @@ class ExitHeads(nn.Module):
         is_recurrent = any(isinstance(head, RecurrentHead) for head in self.modules_by_exit)
         return is_recurrent or self.boosting > 0 or any(part is not None for part in (self.ensemble, self.links))
 
-    def is_boosted(self, l: int) -> bool:
-        """Whether F^l is more than o^l."""
-        is_trained = l < len(self.modules_by_exit)
-        return self.boosting > 0 and l > 0 and (is_trained or self.ensemble is None)
-
     def step(self, l: int, z: Tensor, carry: Carry | None = None, answer: bool = True) -> tuple[Tensor, Carry]:
         """Exit l (0-based): feature ``(B, d_l)`` and carry to logits ``(B, K)`` and the next carry.
 
@@ -210,7 +204,7 @@ class ExitHeads(nn.Module):
         own = None if self.links is None else logits
         boosted = None
         if self.boosting:
-            logits = boosted = self._boosted(l, logits, carry.boosted)
+            logits = boosted = self._boosted(logits, carry.boosted)
         if self.ensemble is None:
             return logits, Carry(hidden, own=own, boosted=boosted)
         log_probs = self.ensemble.log_probs(l, logits)[:, None]
@@ -233,7 +227,7 @@ class ExitHeads(nn.Module):
             return members
         boosted = []
         for own in members.unbind(1):
-            boosted.append(self._boosted(len(boosted), own, boosted[-1] if boosted else None))
+            boosted.append(self._boosted(own, boosted[-1] if boosted else None))
         return torch.stack(boosted, dim=1)
 
     def answers(self, members: Tensor) -> Tensor:
@@ -260,7 +254,7 @@ class ExitHeads(nn.Module):
         count = 0
         if self.ensemble is not None:
             count += self.ensemble.mul_adds(l) if answer else self.num_labels
-        count += self.num_labels if self.is_boosted(l) else 0
+        count += self.num_labels if self.boosting and l else 0
         if l < len(self.modules_by_exit):
             count += self.modules_by_exit[l].mul_adds
             count += len(self.norms[l].mean) if self.norms is not None else 0
@@ -287,9 +281,9 @@ class ExitHeads(nn.Module):
             z = torch.cat([z, self.links[l - 1](previous.detach())], dim=-1)
         return self.modules_by_exit[l](z, hidden)
 
-    def _boosted(self, l: int, own: Tensor, before: Tensor | None) -> Tensor:
-        """F^l of o^l and F^{l-1}."""
-        return own + self.boosting * before.detach() if self.is_boosted(l) else own
+    def _boosted(self, own: Tensor, before: Tensor | None) -> Tensor:
+        """F^l of o^l and F^{l-1}, None at the first exit."""
+        return own if before is None else own + self.boosting * before.detach()
 
 
 def boosting_of(num_exits: int) -> float:

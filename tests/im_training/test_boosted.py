@@ -85,7 +85,7 @@ def test_gates_are_fitted_to_the_boosted_answers(tmp_path, monkeypatch):
 def test_an_ensemble_is_fitted_to_the_boosted_answers_and_trains_no_one(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(held_out, "fit_ensemble", lambda ensemble, logits, labels, pull: seen.append(logits))
-    model, alone = (toy_model(boosting=0.5, ensemble=has, native_head=False) for has in (True, False))
+    model, alone = toy_model(boosting=0.5, ensemble=True), toy_model(boosting=0.5)
     torch.nn.init.normal_(model.heads.ensemble.weight)
     losses = [loss_of(one, tmp_path, im_training="boosted") for one in (model, alone)]
     assert torch.equal(*losses)
