@@ -95,13 +95,16 @@ def test_several_views_are_several_answers(images, tmp_path):
     torch.testing.assert_close(record.logits[:18], record.logits[18:], rtol=1e-5, atol=1e-6)
 
 
-def test_members_are_the_answers_before_the_ensemble(images):
+def test_members_are_the_answers_before_boosting_and_ensemble(images):
     model = model_of(recipe="default")
     members, labels = collect_logits(model, images, members=True)
     answers, _ = collect_logits(model, images, batch_size=5)
     assert torch.equal(labels, images.labels)
     with torch.no_grad():
-        log_probs = (members / model.heads.ensemble.temperature[:, None]).log_softmax(-1)
+        boosted = [members[:, 0]]
+        for l in (1, 2):
+            boosted.append(members[:, l] + model.config.boosting * boosted[-1])
+        log_probs = (torch.stack(boosted, dim=1) / model.heads.ensemble.temperature[:, None]).log_softmax(-1)
         for l in range(3):
             weights = model.heads.ensemble.weight[l, : l + 1]
             expected = sum(w * log_probs[:, j] for j, w in enumerate(weights)) + model.heads.ensemble.bias[l]
