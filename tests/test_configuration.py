@@ -78,7 +78,7 @@ def test_round_trip_through_json(options, tmp_path):
     again = JEIDNNConfig.from_pretrained(tmp_path)
     assert again.to_dict() == config.to_dict() and type(again) is JEIDNNConfig
     raw = json.loads((tmp_path / "config.json").read_text())
-    assert raw["model_type"] == "jeidnn" and raw["format_version"] == FORMAT_VERSION == 1
+    assert raw["model_type"] == "jeidnn" and raw["format_version"] == FORMAT_VERSION == 2
     for field, value in options.items():
         if field not in ("id2label", "num_labels", "lam"):
             assert getattr(again, field) == value == raw[field]
@@ -94,12 +94,20 @@ def test_the_file_says_what_the_recipe_meant_then(tmp_path, monkeypatch):
     assert JEIDNNConfig.from_pretrained(tmp_path).exit_head == "linear"
 
 
+def test_exits_of_before_the_default_recipe_boosted_them_are_not(tmp_path):
+    JEIDNNConfig().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 1, "boosting": None}))
+    old = JEIDNNConfig.from_pretrained(tmp_path)
+    assert (old.boosting, old.format_version, JEIDNNConfig().boosting) == (0.0, 2, "auto")
+
+
 @pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 99, "2", None, 1.5])
 def test_a_newer_format_is_refused(tmp_path, version):
     JEIDNNConfig().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": version}))
-    with pytest.raises(ValueError, match=rf"^Expected a config of format 1 or older, but got {version!r}; update "):
+    with pytest.raises(ValueError, match=rf"^Expected a config of format 2 or older, but got {version!r}; update "):
         JEIDNNConfig.from_pretrained(tmp_path)
 
 

@@ -59,7 +59,7 @@ CASES = {
     "one statistic": {"recipe": "paper", "gate_statistics": ["power_entropy"]},
     "two classes": {"num_labels": 2},
     "not boosted": {"boosting": 0},
-    "boosted everywhere": {"boosting": 0.5},
+    "boosted by a half": {"boosting": 0.5},
     "not boosted, no ensemble": {"boosting": 0, "ensemble": False},
     "boosted, linear": {"recipe": "paper", "boosting": 0.5},
     "9 of 100 classes": {"num_labels": 100, "exit_stages": [1, 3, 8]},

@@ -311,7 +311,7 @@ def raised(pushed):
         ("closed", "OSError", "Expected to fetch model.safetensors of 'org/closed'.*try again"),
         ("short", "OSError", "file should be of size"),
         ("headless", "ValueError", "Expected model.safetensors in 'org/headless', but there is none"),
-        ("newer", "ValueError", "Expected a config of format 1 or older, but got 99"),
+        ("newer", "ValueError", "Expected a config of format 2 or older, but got 99"),
         ("bert", "ValueError", "Expected a JEI-DNN checkpoint in 'org/bert', but got model_type 'bert'"),
         ("broken-config", "OSError", "not a valid JSON file"),
         ("broken-weights", "ValueError", "Expected complete weights in 'org/broken-weights'"),

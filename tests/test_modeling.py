@@ -1052,9 +1052,9 @@ def test_truncated_weights_are_refused(kind, kept, request, tmp_path):
 
 def test_a_checkpoint_of_a_newer_format_is_refused(full, tmp_path):
     folder = copied(full, tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text()) | {"format_version": 2}
+    config = json.loads((folder / "config.json").read_text()) | {"format_version": 3}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"^Expected a config of format 1 or older, but got 2; update jeidnn-hf\.$"):
+    with pytest.raises(ValueError, match=r"^Expected a config of format 2 or older, but got 3; update jeidnn-hf\.$"):
         load(folder)
 
 

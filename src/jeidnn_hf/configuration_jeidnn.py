@@ -19,7 +19,7 @@ from .gates import GATES, check_statistics
 from .heads import HEADS
 from .objectives import PROBLEM_COSTS, TASK_COSTS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {
@@ -136,6 +136,9 @@ class JEIDNNConfig(PreTrainedConfig):
                 f"Expected a config of format {FORMAT_VERSION} or older, but got {self.format_version!r}; "
                 "update jeidnn-hf."
             )
+        if self.format_version == 1 and self.boosting is None:
+            self.boosting = 0.0  # the default recipe boosts since format 2
+        self.format_version = FORMAT_VERSION
         _check_one_of("recipe", self.recipe, tuple(RECIPES))
         for field, value in RECIPES[self.recipe].items():
             if getattr(self, field) is None:
