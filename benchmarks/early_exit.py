@@ -18,7 +18,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 
@@ -51,8 +50,8 @@ class Scheduled:
         own, schedule = carry
         answers, _, _, own = self.exits.step(l, state, own, lam, ask)
         leaves = schedule == l
-        answers = torch.zeros(len(schedule), self.classes) if answers is None else answers
-        return answers, leaves, int(np.count_nonzero(leaves.numpy())), (own, schedule)
+        answers = torch.zeros(len(schedule), self.classes, device=schedule.device) if answers is None else answers
+        return answers, leaves, int(leaves.count_nonzero()), (own, schedule)
 
 
 def scheduled_model(config: dict[str, Any]) -> JEIDNNForImageClassification:
@@ -72,7 +71,7 @@ def evenly_spread(model: JEIDNNForImageClassification, count: int) -> torch.Tens
     """``count`` exit numbers in mixed order, spread evenly over the first active exits, so many that the mean cost is
     nearest to a half."""
     active = torch.tensor(model.active_exits)
-    costs = model.normalised_costs[active]
+    costs = model.normalised_costs.cpu()[active]
     means = costs.cumsum(0) / torch.arange(1, len(costs) + 1)
     exits = int((means - 0.5).abs().argmin()) + 1
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
@@ -84,11 +83,13 @@ def measure(model: JEIDNNForImageClassification, batch_size: int, repetitions: i
     exits, size = model.backbone.num_exits, model.config.image_size
     count = batch_size if batch_size > 1 else 2 * exits
     schedule = evenly_spread(model, count)
-    images = torch.randn(count, 3, size, size)
+    images = torch.randn(count, 3, size, size, device=model.device)
+    schedule = schedule.to(model.device)
     if model.backbone.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
     batches = list(zip(images.split(batch_size), schedule.split(batch_size), strict=True))
     taken = []
+    synchronize = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
 
     def early(schedule_of):
         for pixels, exits_of in batches:
@@ -109,10 +110,12 @@ def measure(model: JEIDNNForImageClassification, batch_size: int, repetitions: i
         assert torch.equal(torch.cat(taken), schedule)
         for _ in range(repetitions):
             for name, run in runs.items():
+                synchronize()
                 started = time.perf_counter()
                 run()
+                synchronize()
                 seconds[name].append(time.perf_counter() - started)
-    cost = float(model.normalised_costs[schedule].mean())
+    cost = float(model.normalised_costs.to(model.device)[schedule].mean())
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     time_share = medians["early exit"] / medians["bare"]
     ratios = sorted(a / b for a, b in zip(seconds["early exit"], seconds["bare"], strict=True))
@@ -133,15 +136,16 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[1, 8, 64])
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     results = []
     for name in (name for name in CASES if name.startswith(tuple(options.cases))):
-        model = scheduled_model(CASES[name])
+        model = scheduled_model(CASES[name]).to(options.device)
         for threads in options.threads:
             torch.set_num_threads(threads)
             for batch_size in options.batch_sizes:
-                row = {"case": name, "batch_size": batch_size, "threads": threads}
+                row = {"case": name, "device": options.device, "batch_size": batch_size, "threads": threads}
                 row |= measure(model, batch_size, options.repetitions * (2 if batch_size == 1 else 1))
                 results.append(row)
                 print(

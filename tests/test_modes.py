@@ -38,6 +38,18 @@ def test_autocast(model, dtype):
     assert not early.logits.equal(plain.logits)
 
 
+@torch.no_grad()
+def test_autocast_of_the_papers_recipe():
+    """Linear exits answer in the lower precision there; the gates read it."""
+    torch.manual_seed(0)
+    model = JEIDNNForImageClassification(JEIDNNConfig(backbone="resnet20_cifar", num_labels=10, recipe="paper")).eval()
+    model.policy.gates.bias.copy_(torch.tensor([-30.0, -30, -30, 30, -30, -30, -30, -30]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        early, full = model(PICTURES), model(PICTURES, output_all_exits=True)
+    assert early.exit_index.eq(3).all() and full.exit_index.eq(3).all()
+    torch.testing.assert_close(early.logits, full.logits, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @torch.no_grad()
 def test_torch_compile(model, backend):

@@ -164,7 +164,7 @@ class FoldedGates:
     def __call__(self, statistics: Tensor, lam: Lambda = None, exits: int = 0) -> Tensor:
         """Statistics ``(B, 4)`` of one exit to its gate logits ``(B,)``."""
         if not self.is_shared:
-            return torch.mv(statistics, self.weight[exits]) + self.bias[exits]
+            return torch.mv(statistics.to(self.weight), self.weight[exits]) + self.bias[exits]
         if isinstance(lam, Tensor):
             weight, bias, added = self._at(self.scaled_log(lam, statistics)[:, None], exits)
         else:

@@ -56,8 +56,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def total_cost(task: Tensor, mul_adds: Tensor, lam: float | Tensor) -> Tensor:
     """C^l = task cost + lambda IC^l_norm (Eq. 5), ``(B, L)``; lambda may differ from sample to sample."""
-    lam = torch.as_tensor(lam, dtype=task.dtype, device=task.device)
-    return task + lam[..., None] * mul_adds.to(task.dtype)
+    return task + _per_exit(lam, task) * mul_adds.to(task.dtype)
 
 
 def draw_log_uniform(low: float, high: float, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -68,8 +67,12 @@ def draw_log_uniform(low: float, high: float, like: Tensor, generator: torch.Gen
 
 def relative_cost(task: Tensor, mul_adds: Tensor, lam: float | Tensor) -> Tensor:
     """C^l / (1 + lambda), so that of many lambdas the dear ones do not rule; shapes as of `total_cost`."""
-    scale = torch.as_tensor(1 + lam, dtype=task.dtype, device=task.device)
-    return total_cost(task, mul_adds, lam) / scale[..., None]
+    return total_cost(task, mul_adds, lam) / _per_exit(1 + lam, task)
+
+
+def _per_exit(lam: float | Tensor, task: Tensor) -> float | Tensor:
+    """A number stays one: made into a tensor, it would be waited for on its way to the GPU in every step."""
+    return lam.to(task)[..., None] if isinstance(lam, Tensor) else lam
 
 
 def expected_cost(cost: Tensor, distribution: Tensor) -> Tensor:

@@ -38,9 +38,12 @@ class IMTraining(nn.Module):
     ``turns``: the phases at which steps take turns after the warm-up; where there are none, every step is one of it.
     ``step``, ``learning_rate``: the number of the coming step, from 0, and the rate of the IMs in it; the trainer sets
     both.
+    ``boosts``: whether IMs of a model with ``boosting`` can be trained so, each to add to the answers before; else
+    every IM is trained as if it answered alone.
     """
 
     trains_gates = False
+    boosts = False
     turns: tuple[Phase, ...] = ()
     step: int
     learning_rate: float
@@ -51,8 +54,8 @@ class IMTraining(nn.Module):
 
     @classmethod
     def check(cls, config: JEIDNNConfig) -> None:
-        """A ValueError where a model of this config cannot be trained so: by default, one whose exits are boosted."""
-        if config.boosting:
+        """A ValueError where a model of this config cannot be trained so."""
+        if config.boosting and not cls.boosts:
             raise ValueError(
                 f"Expected im_training='boosted' or 'soft_targets' for boosting={config.boosting!r}, but got "
                 f"{cls.__name__}, which trains every IM as if it answered alone; or build it with boosting=0."

@@ -23,6 +23,8 @@ class Boosted(Plain):
     The paper's rescaling of gradients (see `imta`) concerns a trained backbone only.
     """
 
+    boosts = True
+
     @classmethod
     def check(cls, config) -> None:
         if not config.boosting:
