@@ -37,7 +37,7 @@ from .reports import load_curves, save_curve
 from .run_config import DataSection
 from .runs import ALPHAS, RunFolder
 from .training_args import JEIDNNTrainingArguments
-from .training_runs import train_runs
+from .training_runs import prepare_runs, train_runs
 
 FOLDER = "curves"
 ALPHA = 0.05
@@ -169,15 +169,10 @@ def compare(config: Mapping[str, Any], jobs: int = 1, quiet: bool = False) -> di
     folder = Path(plan["output_dir"])
     missing = [name for name in plan["runs"] if not (folder / name / "model.safetensors").exists()]
     first = [next((name for name in missing if name.startswith(f"{kind}-")), None) for kind in section.heads]
-    with tqdm(total=len(missing), desc="trainings", unit="run", disable=quiet) as bar:
-        for name in filter(None, first):  # of each kind of heads: it fills the cache
-            train_runs(plan, [name], quiet=True)
-            bar.update()
-        rest = [name for name in missing if name not in first]
-        for _ in _in_processes(_train_one, [(plan, name) for name in rest], jobs):
-            bar.update()
-    if not missing:
-        train_runs(plan, [next(iter(plan["runs"]))], quiet=True)  # writes down the plan
+    prepare_runs(plan, [name for name in first if name])  # each kind of heads has features of its own
+    trained = _in_processes(_train_one, [(plan, name) for name in missing], jobs)
+    for _ in tqdm(trained, total=len(missing), desc="trainings", unit="run", disable=quiet):
+        pass
     groups = list(product(section.heads, section.methods))
     tasks = [(str(folder), section, *group, seed) for group in groups for seed in section.seeds]
     for _ in tqdm(_in_processes(_measure_one, tasks, jobs), total=len(tasks), desc="curves", disable=quiet):

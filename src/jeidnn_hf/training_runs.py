@@ -55,10 +55,7 @@ def train_runs(config: Mapping[str, Any], only: Sequence[str] | None = None, qui
     output_dir, data = Path(config["output_dir"]), config["data"]
     state = PartialState(cpu=not torch.accelerator.is_available())  # the processes that torchrun or accelerate started
     names, models, trainings = plan_runs(config, only, output_dir)
-    sources, splits = load_data(data)
-    if state.is_main_process:
-        write_text(output_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-        splits.save(output_dir / "splits.json")
+    sources, splits = _begin_folder(config, is_writing=state.is_main_process)
     done = []
     for name in names:
         folder = output_dir / name
@@ -87,6 +84,28 @@ def train_runs(config: Mapping[str, Any], only: Sequence[str] | None = None, qui
                     f"{done[-1]['seconds']:.0f} s, saved in {folder}"
                 )
     return done
+
+
+def prepare_runs(config: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Makes the run folder, with the features that these runs train on in its cache; trains nothing.
+
+    Raises:
+        ValueError: as of ``train_runs``.
+    """
+    output_dir = Path(config["output_dir"])
+    _, models, _ = plan_runs(config, names, output_dir)
+    sources, splits = _begin_folder(config)
+    for name in names:
+        cached_features(fresh_model(models[name], sources), sources, splits, config["data"], output_dir)
+
+
+def _begin_folder(config: Mapping[str, Any], is_writing: bool = True) -> tuple[dict[str, Source], Splits]:
+    sources, splits = load_data(config["data"])
+    if is_writing:
+        output_dir = Path(config["output_dir"])
+        write_text(output_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        splits.save(output_dir / "splits.json")
+    return sources, splits
 
 
 def fresh_model(options: Mapping[str, Any], sources: Mapping[str, Source]) -> JEIDNNForImageClassification:
