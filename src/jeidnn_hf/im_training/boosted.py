@@ -27,6 +27,7 @@ class Boosted(Plain):
 
     @classmethod
     def check(cls, config) -> None:
+        super().check(config)
         if not config.boosting:
             raise ValueError(
                 f"Expected a model with boosting for im_training='boosted', but got boosting={config.boosting!r}; "
