@@ -115,7 +115,7 @@ def measure(model: JEIDNNForImageClassification, batch_size: int, repetitions: i
                 run()
                 synchronize()
                 seconds[name].append(time.perf_counter() - started)
-    cost = float(model.normalised_costs.to(model.device)[schedule].mean())
+    cost = float(model.normalised_costs[schedule].mean())
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     time_share = medians["early exit"] / medians["bare"]
     ratios = sorted(a / b for a, b in zip(seconds["early exit"], seconds["bare"], strict=True))

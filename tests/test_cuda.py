@@ -5,7 +5,10 @@ import copy
 import pytest
 import torch
 
-from jeidnn_hf import JEIDNNConfig, JEIDNNForImageClassification
+from jeidnn_hf import JEIDNNConfig, JEIDNNForImageClassification, evaluate
+from jeidnn_hf.operating_point import OperatingPoint
+from jeidnn_hf.policies import LearnedGates
+from known_records import noise
 from toy_training import exit_state, toy_model, toy_trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -75,3 +78,15 @@ def test_early_exit(recipe):
     torch.testing.assert_close(early.logits, full.logits, rtol=1e-3, atol=1e-3)
     with torch.autocast("cuda", torch.bfloat16):
         assert there(pixels.cuda()).logits.isfinite().all()
+
+
+def test_a_policy_on_the_gpu_judges_answers_on_the_cpu():
+    record = noise()
+    policy = LearnedGates.fit(record, lam=(0.1, 1.0))
+    found, points = [], []
+    for device in ("cpu", "cuda"):
+        policy.to(device)
+        points.append(OperatingPoint.fit(policy, record, lam=0.3))
+        found.append(evaluate(record, policy, 0.3))
+    assert points[1] == points[0]
+    assert found[1].share_by_exit == found[0].share_by_exit and found[1].gate_auroc == found[0].gate_auroc

@@ -168,8 +168,8 @@ def compare(config: Mapping[str, Any], jobs: int = 1, quiet: bool = False) -> di
     section, plan = compared(config), train_config(config)
     folder = Path(plan["output_dir"])
     missing = [name for name in plan["runs"] if not (folder / name / "model.safetensors").exists()]
-    first = [next((name for name in missing if name.startswith(f"{kind}-")), None) for kind in section.heads]
-    prepare_runs(plan, [name for name in first if name])  # each kind of heads has features of its own
+    one_per_kind = {name.partition("-")[0]: name for name in missing}  # each kind of heads has features of its own
+    prepare_runs(plan, list(one_per_kind.values()))
     trained = _in_processes(_train_one, [(plan, name) for name in missing], jobs)
     for _ in tqdm(trained, total=len(missing), desc="trainings", unit="run", disable=quiet):
         pass
@@ -259,12 +259,12 @@ def measure(policy: ExitPolicy, lam: float | None, records: Mapping[str, ExitRec
     records = {role: record.under(policy) for role, record in records.items()}
     validation, calibration, test = (records[role] for role in ("validation", "calibration", "test"))
     policy.check_exits(test.num_exits)
-    held_out = outcome(validation, policy.decide(validation.logits, lam))
+    held_out = outcome(validation, validation.exits_taken(policy, lam))
     logits, labels = (
         torch.cat([getattr(records[role], what) for role in JUDGED_BY]) for what in ("logits", "labels")
     )
     judged = replace(test, logits=logits, labels=labels, index=None)
-    chosen = policy.decide(logits, lam)
+    chosen = judged.exits_taken(policy, lam)
     rows = torch.arange(len(chosen))
     logits = logits[rows, chosen]
     probs = (logits / validation.temperatures[chosen, None]).softmax(-1)

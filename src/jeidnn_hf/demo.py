@@ -145,7 +145,7 @@ def _train_exits(recipe: str, weights: Path, sources, splits: Splits, folder: Pa
     trainer = JEIDNNTrainer(model, args, train, validation)
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.train()
-    model.cpu().save_pretrained(folder)
+    model.save_pretrained(folder)
     return model, ExitRecord.of(model, test, splits.info("test"))
 
 

@@ -204,7 +204,7 @@ def evaluate(
         is_calibrated = True
     logits, labels, num_exits = record.logits, record.labels, record.num_exits
     policy.check_exits(num_exits)
-    chosen = policy.decide(logits, lam)
+    chosen = record.exits_taken(policy, lam)
     rows = torch.arange(len(chosen), device=chosen.device)
     right = logits.argmax(-1) == labels[:, None]
     right_taken = right[rows, chosen]
@@ -306,9 +306,10 @@ def _exit_ece(record: ExitRecord, temperatures: Sequence[float]) -> list[float]:
 
 
 def _gate_auroc(record: ExitRecord, policy: ExitPolicy, lam: float | None, kind: str) -> list[float | None] | None:
-    gates = policy.gate_values(record.logits, lam)
+    gates = policy.gate_values(record.logits.to(policy.device), lam)
     if gates is None or lam is None:
         return None
+    gates = gates.to(record.logits.device)
     cost = total_cost(task_cost(record.logits, record.labels, kind), record.normalised_costs, lam)
     targets = gate_targets(cost, "if_min")
     return [auroc(gates[:, l], targets[:, l]) for l in range(gates.shape[1])]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
@@ -47,6 +48,10 @@ class ExitPolicy(nn.Module):
     @property
     def options(self) -> dict[str, Any]:
         return {}
+
+    @property
+    def device(self) -> torch.device:
+        return next(chain(self.parameters(), self.buffers()), torch.empty(0)).device
 
     def check_exits(self, num_exits: int) -> None:
         """A ValueError unless this policy is of a network with so many exits."""

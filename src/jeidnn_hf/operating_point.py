@@ -105,13 +105,13 @@ class OperatingPoint:
         for method in methods:
             check_method(method)
         policy.check_exits(validation.num_exits)
-        groups = exit_groups(policy.decide(validation.logits, lam), validation.num_exits, min_group)
+        groups = exit_groups(validation.exits_taken(policy, lam), validation.num_exits, min_group)
         score = score or ConformalScore()
         point = cls(lam, validation.temperatures.tolist(), groups, validation.split, validation.backbone, score)
         if calibration is None:
             return point
         check_disjoint(calibration, validation)
-        chosen = policy.decide(calibration.logits, lam)
+        chosen = calibration.exits_taken(policy, lam)
         scores = true_scores(point.probabilities(calibration.logits), calibration.labels, point.score)
         options = {"quantile": quantile, "groups": groups}
         point.thresholds = {

@@ -106,6 +106,10 @@ class ExitRecord:
         record.__dict__["temperatures"] = self.temperatures
         return record
 
+    def exits_taken(self, policy: ExitPolicy, lam: float | None = None) -> Tensor:
+        """The exit that a policy, on whatever device it is, takes for each image, ``(N,)`` in 0..L-1."""
+        return policy.decide(self.logits.to(policy.device), lam).to(self.logits.device)
+
     @classmethod
     def of(cls, model, images: Dataset, split: SplitInfo, batch_size: int = 512) -> ExitRecord:
         """Evaluates every exit of a model on a data set of pixels or of cached features, see ``collect_logits``."""

@@ -234,7 +234,7 @@ class _Answers(NamedTuple):
 def _answers(records: Records) -> _Answers:
     policy = _quota_policy(records)
     test = records["test"].under(policy)
-    chosen = policy.decide(test.logits)
+    chosen = test.exits_taken(policy)
     logits = test.logits[torch.arange(len(chosen)), chosen]
     right = (logits.argmax(-1) == test.labels).double()
     return _Answers(logits, chosen, right, test.normalised_costs[chosen].double())

@@ -258,7 +258,7 @@ def _frontier_row(folder: Path, name: str, member: Member, validation, splits: S
     model = JEIDNNForImageClassification.from_pretrained(folder / name)
     record = ExitRecord.of(model, validation, splits.info("validation"))
     with torch.inference_mode():
-        found = outcome(record, model.policy.decide(record.logits, model.config.current_lam))
+        found = outcome(record, record.exits_taken(model.policy, model.config.current_lam))
     return {
         "run": name, "lam": model.config.lam, "seed": member.seed, "learning_rate": member.learning_rate,
         "accuracy": found.accuracy, "mul_adds": found.normalised_mul_adds,

@@ -56,7 +56,7 @@ def choose_active_exits(
     rows, right = torch.arange(len(record.labels)), record.logits.argmax(-1) == record.labels[:, None]
 
     def outcomes() -> tuple[list[torch.Tensor], list[float], list[float]]:
-        chosen = [policy.decide(record.logits, lam) for lam in lams]
+        chosen = [record.exits_taken(policy, lam) for lam in lams]
         accuracy = [float(right[rows, exits].double().mean()) for exits in chosen]
         return chosen, accuracy, [float(record.normalised_costs[exits].double().mean()) for exits in chosen]
 
