@@ -195,8 +195,7 @@ class JEIDNNTrainer(Trainer):
         """Metrics of every exit evaluated, and of the exits that the gates choose at the current lambda."""
         logits, labels = collect_logits(self.model, eval_dataset or self.eval_dataset)
         config, policy = self.model.config, self.model.policy
-        device = next(policy.parameters()).device
-        logits, labels, lam = logits.to(device), labels.to(device), config.current_lam
+        logits, labels, lam = logits.to(policy.device), labels.to(policy.device), config.current_lam
         costs = self.model.normalised_costs
         chosen, distribution, gates = policy(logits, lam)
         chosen = chosen[:, None]
